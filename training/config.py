@@ -1,0 +1,225 @@
+"""The one configuration tree: read once, frozen, unknown keys refused with their name.
+
+Order of precedence: arguments, environment, ``.env``, file, defaults.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from dotenv import dotenv_values
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from training.core.errors import ConfigError
+
+DEVELOPMENT_KEY = "slime-dev-key"
+EMBEDDED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class ServerConfig(_Section):
+    """Where the server listens and what it accepts."""
+
+    host: str = "0.0.0.0"
+    port: int = Field(8000, ge=0, le=65535)
+    max_body_bytes: int = Field(256 * 2**20, gt=0)
+    """Limit of a request body, before and after decompression."""
+    max_compression_ratio: int = Field(200, gt=0)
+    long_poll_s: float = Field(25.0, gt=0, le=40)
+    """How long retrieve_future waits before it answers 408; the SDK gives up after 45 s."""
+
+
+class AuthConfig(_Section):
+    enabled: bool = True
+    api_keys: tuple[SecretStr, ...] = (SecretStr(DEVELOPMENT_KEY),)
+    """Shared secrets; each is accepted with and without the prefix ``tml-``."""
+
+
+class StorageConfig(_Section):
+    metadata_dir: Path = Path("data/metadata")
+    futures_db_name: str = "futures.db"
+    database_url: str | None = None
+    """SQLAlchemy URL; default: SQLite at ``metadata_dir / futures_db_name``."""
+    checkpoint_dir: Path = Path("data/checkpoints")
+
+    def resolved_database_url(self) -> str:
+        if self.database_url:
+            return self.database_url
+        return f"sqlite+aiosqlite:///{(self.metadata_dir / self.futures_db_name).absolute()}"
+
+
+class ModelConfig(_Section):
+    """A base model to serve: ``name`` is what clients ask for, ``path`` a local directory."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+    path: Path | None = None
+    """None: looked up as ``model_dir / name``, then in the Hugging Face cache."""
+    context_length: int | None = Field(None, gt=0)
+    backend: Literal["local", "fake"] = "local"
+
+
+class EngineConfig(_Section):
+    """One engine process per base model."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    num_threads: int | None = Field(None, gt=0)
+    max_slots: int = Field(64, gt=0)
+    max_lora_rank: int = Field(256, gt=0)
+    micro_batch_tokens: int = Field(2048, gt=0)
+    """Tokens whose activations are alive at once; longer sequences are checkpointed."""
+    kv_cache_tokens: int = Field(65536, gt=0)
+    max_running_sequences: int = Field(64, gt=0)
+    prefill_chunk_tokens: int = Field(1024, gt=0)
+    sampling_share: float = Field(0.5, gt=0, lt=1)
+    """Share of engine time given to sampling while training wants to run too."""
+    max_restarts: int = Field(5, ge=0)
+    """Engine restarts within ten minutes before the backend is given up."""
+
+
+class SchedulerConfig(_Section):
+    unit_tokens: int = Field(16384, gt=0)
+    """Token budget of one engine unit; a single larger operation runs alone."""
+    gap_timeout_s: float = Field(60.0, gt=0)
+    """How long later operations of a model wait for a missing seq_id."""
+    max_pending_per_model: int = Field(4096, gt=0)
+    max_pending_samples: int = Field(20000, gt=0)
+
+
+class SessionConfig(_Section):
+    expiry_s: float = Field(1800.0, gt=0)
+    """A session without a heartbeat for this long is ended (the SDK beats every 10 s)."""
+
+
+class ClientConfig(_Section):
+    """Flags answered to the SDK by ``client/config`` and ``client/dynamic_config``."""
+
+    proto_compress_fwdbwd: bool = False
+    parallel_fwdbwd_chunks: bool = True
+    fwdbwd_max_chunk_len: int = Field(1024, gt=0)
+    fwdbwd_max_chunk_bytes_count: int = Field(5_000_000, gt=0)
+    sample_join_sampling_session: bool = True
+    sample_use_retrieve_futures: bool = False
+    sample_cancel_enabled: bool = True
+
+
+class TrainingConfig(_Section):
+    """Everything the server can be told. ``TrainingConfig()`` serves the embedded model."""
+
+    server: ServerConfig = ServerConfig()
+    auth: AuthConfig = AuthConfig()
+    storage: StorageConfig = StorageConfig()
+    model_dir: Path = Path("data/models")
+    supported_models: tuple[ModelConfig, ...] = ()
+    """Empty: the embedded model alone."""
+    engine: EngineConfig = EngineConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    session: SessionConfig = SessionConfig()
+    client: ClientConfig = ClientConfig()
+    log_format: Literal["auto", "console", "json"] = "auto"
+
+    def served_models(self) -> tuple[ModelConfig, ...]:
+        return self.supported_models or (ModelConfig(name=EMBEDDED_MODEL),)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> TrainingConfig:
+        """Reads YAML or JSON; environment variables win. Raises ``ConfigError``."""
+        try:
+            values = yaml.safe_load(Path(path).read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot read configuration {path}: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"configuration {path} must be a mapping of settings")
+        return cls._build(_merge(values, _from_environment(_environment())), str(path))
+
+    @classmethod
+    def from_env(cls) -> TrainingConfig:
+        """``TRAINING_CONFIG`` names a file; the variables of ``ENVIRONMENT`` win over it."""
+        environment = _environment()
+        if config_file := environment.get("TRAINING_CONFIG"):
+            return cls.from_file(config_file)
+        return cls._build(_from_environment(environment), "environment")
+
+    @classmethod
+    def _build(cls, values: dict[str, Any], source: str) -> TrainingConfig:
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
+                for item in error.errors(include_input=False, include_url=False)
+            )
+            raise ConfigError(f"bad configuration ({source}): {problems}") from None
+
+
+ENVIRONMENT: Mapping[str, tuple[str, ...]] = {
+    "TRAINING_HOST": ("server", "host"),
+    "TRAINING_PORT": ("server", "port"),
+    "TINKER_API_KEY": ("auth", "api_keys"),
+    "TRAINING_AUTH": ("auth", "enabled"),
+    "METADATA_DIR": ("storage", "metadata_dir"),
+    "FUTURES_DB_NAME": ("storage", "futures_db_name"),
+    "DATABASE_URL": ("storage", "database_url"),
+    "CHECKPOINT_DIR": ("storage", "checkpoint_dir"),
+    "MODEL_DIR": ("model_dir",),
+    "SUPPORTED_MODELS": ("supported_models",),
+    "ENGINE_DEVICE": ("engine", "device"),
+    "ENGINE_DTYPE": ("engine", "dtype"),
+    "ENGINE_THREADS": ("engine", "num_threads"),
+    "LOG_FORMAT": ("log_format",),
+}
+"""Environment variable -> place in the tree. ``TRAINING_CONFIG`` names the file itself."""
+
+
+def _environment() -> Mapping[str, str]:
+    dotenv = {key: value for key, value in dotenv_values(".env").items() if value is not None}
+    return dotenv | dict(os.environ)
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for variable, place in ENVIRONMENT.items():
+        if (text := environment.get(variable)) in (None, ""):
+            continue
+        assert text is not None
+        section = values
+        for key in place[:-1]:
+            section = section.setdefault(key, {})
+        section[place[-1]] = _PARSERS.get(variable, str)(text)
+    return values
+
+
+def _parse_keys(text: str) -> tuple[str, ...]:
+    return tuple(key.strip() for key in text.split(",") if key.strip())
+
+
+def _parse_models(text: str) -> list[dict[str, Any]]:
+    """A JSON array of names, or of objects with the fields of ``ModelConfig``."""
+    try:
+        entries = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"SUPPORTED_MODELS is not a JSON array: {error}") from None
+    if not isinstance(entries, list):
+        raise ConfigError("SUPPORTED_MODELS is not a JSON array")
+    return [{"name": entry} if isinstance(entry, str) else entry for entry in entries]
+
+
+_PARSERS: Mapping[str, Any] = {"TINKER_API_KEY": _parse_keys, "SUPPORTED_MODELS": _parse_models}
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        merged[key] = (
+            _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        )
+    return merged
