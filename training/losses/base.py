@@ -16,7 +16,7 @@ Float64Array = NDArray[np.float64]
 
 
 class LossValue(NamedTuple):
-    """``loss``: the sum over the datum's tokens. ``dlogprobs``: its derivative, shape of logprobs."""
+    """``loss``: summed over the datum's tokens. ``dlogprobs``: its derivative, same shape."""
 
     loss: float
     dlogprobs: Float64Array
