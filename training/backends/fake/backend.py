@@ -1,0 +1,213 @@
+"""``FakeBackend``: the whole backend interface over the numpy model, in the caller's event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+
+from training.backends.base import (
+    AdamParams,
+    Capabilities,
+    Health,
+    LoraSpec,
+    OptimOutput,
+    SampleRequest,
+    SampleResult,
+    TrainOutput,
+    TrainUnit,
+)
+from training.backends.fake import sampler, trainer
+from training.backends.fake.model import LAYER_GROUPS, BaseWeights, HeadView
+from training.config import ModelConfig, TrainingConfig
+from training.core.errors import BackendDead, UserError
+from training.losses import LOSSES
+
+VOCAB_SIZE = 512
+CONTEXT_LENGTH = 4096
+EOS_TOKEN_ID = 2
+
+
+class FakeBackend:
+    """A backend whose answers are exact and instant.
+
+    With a ``tokenizer.json`` in the model's directory, vocabulary and texts are that tokenizer's;
+    otherwise there are ``vocab_size`` tokens and token i reads as the character of code point i.
+    ``delay_s`` is slept before each training call and each turn of a sample, for load tests.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: TrainingConfig,
+        *,
+        vocab_size: int = VOCAB_SIZE,
+        delay_s: float = 0.0,
+    ) -> None:
+        tokenizer = sampler.read_tokenizer(model.path)
+        if tokenizer is None:
+            self._text_of = sampler.character_texts(vocab_size)
+        else:
+            vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
+            self._text_of = sampler.tokenizer_texts(tokenizer)
+        self._base = BaseWeights(vocab_size)
+        self._base_view = HeadView(self._base, None, {})
+        self._delay_s = delay_s
+        self._training = asyncio.Lock()
+        self._slots: dict[int, trainer.Slot] = {}
+        self._snapshots: dict[str, HeadView] = {}
+        self._running: set[str] = set()
+        self._cancelled: set[str] = set()
+        self._alive = False
+        self._generation = 0
+        self._capabilities = Capabilities(
+            base_model=model.name,
+            vocab_size=vocab_size,
+            context_length=model.context_length or CONTEXT_LENGTH,
+            eos_token_ids=(EOS_TOKEN_ID,),
+            max_slots=config.engine.max_slots,
+            max_lora_rank=config.engine.max_lora_rank,
+            losses=frozenset(LOSSES),
+            layer_groups=frozenset(LAYER_GROUPS),
+        )
+
+    async def start(self) -> None:
+        self._alive = True
+        self._generation += 1
+
+    async def close(self) -> None:
+        self._alive = False
+        self._slots.clear()
+        self._snapshots.clear()
+
+    def capabilities(self) -> Capabilities:
+        return self._capabilities
+
+    def health(self) -> Health:
+        return Health(self._alive, self._generation)
+
+    def crash(self) -> None:
+        """What a dying engine does to its callers: slots are gone, running calls raise
+        ``BackendDead``; it is back at once with its snapshots and the next generation."""
+        self._slots.clear()
+        self._generation += 1
+
+    # ----------------------------------------------------------------- training
+
+    async def load_slot(
+        self,
+        slot: int,
+        spec: LoraSpec,
+        state_dir: Path | None = None,
+        with_optimizer: bool = True,
+    ) -> None:
+        async with self._training:
+            await self._turn()
+            limits = self._capabilities
+            if not 0 <= slot < limits.max_slots:
+                raise UserError(f"slot {slot} is outside 0 to {limits.max_slots - 1}")
+            if not 1 <= spec.rank <= limits.max_lora_rank:
+                raise UserError(f"rank {spec.rank} is outside 1 to {limits.max_lora_rank}")
+            self._slots[slot] = (
+                trainer.new_slot(self._base, spec)
+                if state_dir is None
+                else trainer.read_slot(self._base, spec, state_dir, with_optimizer)
+            )
+
+    async def unload_slot(self, slot: int) -> None:
+        async with self._training:
+            await self._turn()
+            self._slots.pop(slot, None)
+
+    async def forward_backward(self, unit: TrainUnit) -> list[TrainOutput]:
+        async with self._training:
+            results = await self._compute(unit)
+            for op, result in zip(unit.ops, results, strict=True):
+                trainer.add_gradient(self._slots[op.slot], result.gradient_VD)
+            return [result.output for result in results]
+
+    async def forward(self, unit: TrainUnit) -> list[TrainOutput]:
+        async with self._training:
+            return [result.output for result in await self._compute(unit)]
+
+    async def _compute(self, unit: TrainUnit) -> list[trainer.OpResult]:
+        results = []
+        await self._turn()
+        for index, op in enumerate(unit.ops):
+            try:
+                results.append(
+                    trainer.compute_op(self._slot(op.slot), op, self._capabilities.context_length)
+                )
+            except UserError as error:
+                raise UserError(str(error), op_index=index) from error
+            await self._turn(0.0)
+        return results
+
+    async def optim_step(self, params: Mapping[int, AdamParams]) -> dict[int, OptimOutput]:
+        async with self._training:
+            await self._turn()
+            slots = {slot: self._slot(slot) for slot in params}
+            return {slot: trainer.adamw_step(slots[slot], p) for slot, p in params.items()}
+
+    async def discard_grads(self, slot: int) -> None:
+        async with self._training:
+            await self._turn()
+            self._slot(slot).gradients = {}
+
+    async def save_state(self, slot: int, directory: Path) -> None:
+        async with self._training:
+            await self._turn()
+            trainer.write_state(self._slot(slot), directory, self._capabilities.base_model)
+
+    async def export_adapter(self, slot: int, directory: Path) -> None:
+        async with self._training:
+            await self._turn()
+            trainer.write_adapter(self._slot(slot), directory, self._capabilities.base_model)
+
+    def _slot(self, slot: int) -> trainer.Slot:
+        if slot not in self._slots:
+            raise UserError(f"slot {slot} is empty")
+        return self._slots[slot]
+
+    async def _turn(self, delay_s: float | None = None) -> None:
+        """Lets others run; raises ``BackendDead`` when the backend went meanwhile."""
+        generation = self._generation
+        await asyncio.sleep(self._delay_s if delay_s is None else delay_s)
+        if not self._alive or generation != self._generation:
+            raise BackendDead("the fake engine has ended")
+
+    # ----------------------------------------------------------------- sampling
+
+    async def publish(self, snapshot_id: str, directory: Path) -> None:
+        await self._turn(0.0)
+        self._snapshots[snapshot_id] = trainer.read_view(self._base, directory)
+
+    async def retire(self, snapshot_id: str) -> None:
+        await self._turn(0.0)
+        self._snapshots.pop(snapshot_id, None)
+
+    async def sample(self, request: SampleRequest) -> SampleResult:
+        limits = self._capabilities
+        sampler.check_request(request, limits.vocab_size, limits.context_length)
+        view = self._base_view
+        if request.snapshot_id is not None:
+            if request.snapshot_id not in self._snapshots:
+                raise UserError(f"unknown snapshot {request.snapshot_id!r}")
+            view = self._snapshots[request.snapshot_id]
+        self._running.add(request.request_id)
+        try:
+            await self._turn()
+            for result in sampler.run_request(view, request, self._text_of):
+                if request.request_id in self._cancelled:
+                    raise UserError("the request was cancelled")
+                if result is not None:
+                    return result
+                await self._turn()
+            raise AssertionError("a request ends with its result")
+        finally:
+            self._running.discard(request.request_id)
+            self._cancelled.discard(request.request_id)
+
+    async def cancel(self, request_id: str) -> None:
+        if request_id in self._running:
+            self._cancelled.add(request_id)
