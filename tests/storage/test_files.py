@@ -1,0 +1,71 @@
+"""Checkpoint directories: complete or absent, damage is noticed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from training.core.errors import DamagedFile, NotFound, StorageError
+from training.storage.files import CheckpointFiles
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> CheckpointFiles:
+    files = CheckpointFiles(tmp_path / "checkpoints")
+    files.prepare()
+    return files
+
+
+def store(files: CheckpointFiles, name: str, content: bytes = b"weights") -> int:
+    staged = files.stage()
+    (staged / "adapter_model.safetensors").write_bytes(content)
+    return files.commit(staged, name)
+
+
+def test_a_committed_directory_verifies_and_a_staged_one_is_not_seen(
+    files: CheckpointFiles,
+) -> None:
+    staged = files.stage()
+    (staged / "a").write_bytes(b"half")
+    assert files.names() == set()
+    assert store(files, "one") == len(b"weights")
+    assert files.names() == {"one"}
+    assert (files.verify("one") / "adapter_model.safetensors").read_bytes() == b"weights"
+    files.prepare()
+    assert not staged.exists()
+    assert files.names() == {"one"}
+
+
+@pytest.mark.parametrize("damage", [b"weightz", b"weight", b""])
+def test_damage_is_refused(files: CheckpointFiles, damage: bytes) -> None:
+    store(files, "one")
+    (files.path("one") / "adapter_model.safetensors").write_bytes(damage)
+    with pytest.raises(DamagedFile, match="adapter_model"):
+        files.verify("one")
+
+
+def test_a_missing_file_or_manifest_is_refused(files: CheckpointFiles) -> None:
+    store(files, "one")
+    (files.path("one") / "adapter_model.safetensors").unlink()
+    with pytest.raises(DamagedFile):
+        files.verify("one")
+    (files.path("one") / "manifest.json").write_text("{")
+    with pytest.raises(DamagedFile, match="manifest"):
+        files.verify("one")
+    with pytest.raises(NotFound):
+        files.verify("two")
+
+
+def test_delete_removes_and_tolerates_absence(files: CheckpointFiles) -> None:
+    store(files, "one")
+    files.delete("one")
+    files.delete("one")
+    assert files.names() == set()
+
+
+def test_a_name_that_is_taken_is_not_overwritten(files: CheckpointFiles) -> None:
+    store(files, "one", b"first")
+    with pytest.raises(StorageError):
+        store(files, "one", b"second")
+    assert (files.verify("one") / "adapter_model.safetensors").read_bytes() == b"first"

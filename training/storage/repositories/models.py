@@ -1,0 +1,78 @@
+"""Models, which are training runs too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from datetime import datetime
+
+import sqlalchemy as sa
+
+from training.core.records import MODEL_TRANSITIONS, Model, ModelStatus
+from training.storage.repositories.rows import (
+    Row,
+    count,
+    every,
+    first,
+    insert_new,
+    lora_from_json,
+    lora_to_json,
+)
+from training.storage.tables import models as table
+
+
+def insert(connection: sa.Connection, model: Model) -> bool:
+    return insert_new(connection, table, {**asdict(model), "lora": lora_to_json(model.lora)})
+
+
+def get(connection: sa.Connection, model_id: str) -> Model | None:
+    row = first(connection, sa.select(table).where(table.c.model_id == model_id))
+    return None if row is None else _model(row)
+
+
+def of_session(connection: sa.Connection, session_id: str) -> list[Model]:
+    query = sa.select(table).where(table.c.session_id == session_id).order_by(table.c.model_seq_id)
+    return [_model(row) for row in every(connection, query)]
+
+
+def with_status(connection: sa.Connection, statuses: Iterable[ModelStatus]) -> list[Model]:
+    query = sa.select(table).where(table.c.status.in_(list(statuses)))
+    return [_model(row) for row in every(connection, query)]
+
+
+def page(connection: sa.Connection, owner: str, limit: int, offset: int) -> list[Model]:
+    query = (
+        sa.select(table)
+        .where(table.c.owner == owner)
+        .order_by(table.c.last_request_at.desc(), table.c.model_id)
+        .limit(limit)
+        .offset(offset)
+    )
+    return [_model(row) for row in every(connection, query)]
+
+
+def num_owned(connection: sa.Connection, owner: str) -> int:
+    return count(connection, table, table.c.owner == owner)
+
+
+def move(connection: sa.Connection, model_id: str, to: ModelStatus) -> bool:
+    """Changes the status where the transition is allowed; tells whether it did."""
+    sources = [source for source, targets in MODEL_TRANSITIONS.items() if to in targets]
+    statement = (
+        sa.update(table)
+        .where(table.c.model_id == model_id, table.c.status.in_(sources))
+        .values(status=to)
+    )
+    return connection.execute(statement).rowcount == 1
+
+
+def touch(connection: sa.Connection, model_id: str, at: datetime) -> None:
+    connection.execute(
+        sa.update(table).where(table.c.model_id == model_id).values(last_request_at=at)
+    )
+
+
+def _model(row: Row) -> Model:
+    return Model(
+        **{**row, "status": ModelStatus(row["status"]), "lora": lora_from_json(row["lora"])}
+    )

@@ -1,0 +1,43 @@
+"""What the repositories share: records to rows and back, inserts that tolerate repetition."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from training.backends.base import LoraSpec
+
+Row = Mapping[str, Any]
+
+
+def insert_new(connection: sa.Connection, table: sa.Table, values: Row) -> bool:
+    """Inserts unless a unique key is taken; tells whether it did."""
+    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+    statement = dialect.insert(table).values(**values).on_conflict_do_nothing()
+    return connection.execute(statement).rowcount == 1
+
+
+def first(connection: sa.Connection, query: sa.Select[Any]) -> Row | None:
+    row = connection.execute(query).mappings().first()
+    return None if row is None else dict(row)
+
+
+def every(connection: sa.Connection, query: sa.Select[Any]) -> list[Row]:
+    return [dict(row) for row in connection.execute(query).mappings()]
+
+
+def count(connection: sa.Connection, table: sa.Table, *where: sa.ColumnElement[bool]) -> int:
+    query = sa.select(sa.func.count()).select_from(table).where(*where)
+    return int(connection.execute(query).scalar_one())
+
+
+def lora_to_json(lora: LoraSpec) -> dict[str, Any]:
+    return asdict(lora)
+
+
+def lora_from_json(value: Mapping[str, Any]) -> LoraSpec:
+    return LoraSpec(**value)
