@@ -1,0 +1,191 @@
+"""LoRA adapters: where each matrix lies in one flat buffer, and views of it.
+
+Everything of an adapter (weights, gradient, moments) has the same flat layout, so that a step, a
+copy or a norm is one operation. Matrices of projections that share an input lie side by side:
+their A's are one matrix [g * r, in], their B's one matrix [sum of outs, r].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+import torch
+
+from training.backends.base import LoraSpec
+from training.engine.model_config import ModelConfig
+
+
+class Group(StrEnum):
+    """Projections that share one input."""
+
+    QKV = "qkv"
+    O = "o"  # noqa: E741 (the projection's usual name)
+    GATE_UP = "gate_up"
+    DOWN = "down"
+    UNEMBED = "unembed"
+
+
+UNEMBED_LAYER = -1
+"""Layer number of the head, which belongs to no layer."""
+
+
+class Projection(NamedTuple):
+    """One adapted linear: its name, input and output sizes."""
+
+    name: str
+    in_size: int
+    out_size: int
+
+
+class LoraMatrices(NamedTuple):
+    """Views of one group: ``a`` [g * r, in] and ``b`` [sum of ``out_sizes``, r]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    out_sizes: list[int]
+
+
+class Place(NamedTuple):
+    """Where a group's A's begin, followed at once by its B's."""
+
+    offset: int
+    projections: tuple[Projection, ...]
+
+
+def group_projections(config: ModelConfig) -> dict[Group, tuple[Projection, ...]]:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q_size = config.num_heads * config.head_dim
+    kv_size = config.num_kv_heads * config.head_dim
+    return {
+        Group.QKV: (
+            Projection("q_proj", hidden, q_size),
+            Projection("k_proj", hidden, kv_size),
+            Projection("v_proj", hidden, kv_size),
+        ),
+        Group.O: (Projection("o_proj", q_size, hidden),),
+        Group.GATE_UP: (
+            Projection("gate_proj", hidden, inner),
+            Projection("up_proj", hidden, inner),
+        ),
+        Group.DOWN: (Projection("down_proj", inner, hidden),),
+        Group.UNEMBED: (Projection("lm_head", hidden, config.vocab_size),),
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterLayout:
+    """The flat layout that ``spec`` has on a model."""
+
+    spec: LoraSpec
+    places: Mapping[tuple[int, Group], Place]
+    num_params: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, spec: LoraSpec) -> AdapterLayout:
+        projections = group_projections(config)
+        layer_groups = [Group.QKV, Group.O] if spec.train_attn else []
+        layer_groups += [Group.GATE_UP, Group.DOWN] if spec.train_mlp else []
+        keys = [(layer, group) for layer in range(config.num_layers) for group in layer_groups]
+        keys += [(UNEMBED_LAYER, Group.UNEMBED)] if spec.train_unembed else []
+        places: dict[tuple[int, Group], Place] = {}
+        offset = 0
+        for key in keys:
+            members = projections[key[1]]
+            places[key] = Place(offset, members)
+            offset += sum(spec.rank * (each.in_size + each.out_size) for each in members)
+        return cls(spec, places, offset)
+
+    def views(self, flat: torch.Tensor) -> dict[tuple[int, Group], LoraMatrices]:
+        """Views of ``flat`` [num_params], by (layer, group)."""
+        rank = self.spec.rank
+        views = {}
+        for key, (offset, members) in self.places.items():
+            in_size = members[0].in_size
+            out_sizes = [each.out_size for each in members]
+            a_end = offset + len(members) * rank * in_size
+            b_end = a_end + sum(out_sizes) * rank
+            a = flat[offset:a_end].view(len(members) * rank, in_size)
+            b = flat[a_end:b_end].view(sum(out_sizes), rank)
+            views[key] = LoraMatrices(a, b, out_sizes)
+        return views
+
+    def matrices(
+        self, flat: torch.Tensor
+    ) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
+        """Views of ``flat`` as (layer, projection name) -> (A [r, in], B [out, r])."""
+        pairs = {}
+        for (layer, group), (a, b, out_sizes) in self.views(flat).items():
+            a_parts = torch.split(a, self.spec.rank)
+            b_parts = torch.split(b, out_sizes)
+            members = self.places[layer, group].projections
+            for member, a_part, b_part in zip(members, a_parts, b_parts, strict=True):
+                pairs[layer, member.name] = (a_part, b_part)
+        return pairs
+
+
+class Adapter:
+    """Weights of one adapter in the dtype that the model computes in.
+
+    ``flat`` is shared with its views: writing to it (``Trainer`` does after a step) changes them.
+    """
+
+    def __init__(self, layout: AdapterLayout, flat: torch.Tensor) -> None:
+        self.layout = layout
+        self.flat = flat
+        self.rank = layout.spec.rank
+        self.scale = layout.spec.alpha / layout.spec.rank
+        self._views = layout.views(flat)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.flat.numel() * self.flat.element_size()
+
+    def group(self, layer: int, group: Group) -> LoraMatrices | None:
+        """The matrices of a group of projections, or None where this adapter has none."""
+        return self._views.get((layer, group))
+
+    def matrices(self) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
+        """(layer, projection name) -> (A [r, in], B [out, r]); layer -1 is the head."""
+        return self.layout.matrices(self.flat)
+
+
+def fresh_weights(layout: AdapterLayout) -> torch.Tensor:
+    """Initial fp32 weights [num_params] on the CPU: A uniform in +-1/sqrt(in), B zero.
+
+    The bound is that of a kaiming-uniform ``nn.Linear``, as PEFT draws it. The draw depends on
+    the layout and ``spec.seed`` alone: its generator is its own.
+    """
+    generator = torch.Generator().manual_seed(layout.spec.seed)
+    flat = torch.zeros(layout.num_params)
+    for a, _, _ in layout.views(flat).values():
+        bound = 1 / math.sqrt(a.shape[1])
+        a.uniform_(-bound, bound, generator=generator)
+    return flat
+
+
+class Segment(NamedTuple):
+    """Rows [``start``, ``stop``) of a packed batch use ``adapter`` (None: the base model alone).
+
+    ``sink``: flat fp32 gradient buffer [num_params] that a backward pass adds to; None where the
+    adapter's gradient is not wanted.
+    """
+
+    adapter: Adapter | None
+    start: int
+    stop: int
+    sink: GradientSink | None = None
+
+
+class GradientSink:
+    """Where one operation's adapter gradient is summed: a flat fp32 buffer and views of it."""
+
+    def __init__(self, layout: AdapterLayout, flat: torch.Tensor) -> None:
+        self.flat = flat
+        self._views = layout.views(flat)
+
+    def group(self, layer: int, group: Group) -> LoraMatrices | None:
+        return self._views.get((layer, group))

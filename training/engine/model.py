@@ -1,0 +1,136 @@
+"""Forward pass of a Llama-family decoder over packed sequences, with many adapters at once.
+
+Used by the trainer (with gradients, packed causal attention) and the sampler (without, attention
+over its KV cache); it knows neither. The base weights are frozen.
+
+Shape legend: T tokens of all sequences packed, H hidden, N heads, K kv heads, D head_dim, V vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from training.engine.adapter import UNEMBED_LAYER, Group
+from training.engine.adapter import Segment as Segment
+from training.engine.elementwise import rms_norm, rotate, swiglu
+from training.engine.lora_linear import lora_linear
+from training.engine.model_config import ModelConfig as ModelConfig
+from training.engine.weights import LayerWeights, ModelWeights, load_weights
+
+
+class Attention(Protocol):
+    """What the layers do not know: which tokens see which."""
+
+    def __call__(
+        self, layer: int, q_TND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns o [T, N, D]. q and k are rotated; scores are scaled by 1 / sqrt(D)."""
+
+
+class Rotation(NamedTuple):
+    """``cos`` and ``sin`` [T, 1, D] of each token's position, in the compute dtype."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+class Transformer:
+    """The frozen model. Thread-safe for reading; computes in the dtype of its weights."""
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
+        self.config = config
+        self.weights = weights
+        self.device = weights.embedding.device
+        self.dtype = weights.embedding.dtype
+        frequencies = config.rope.inverse_frequencies(config.head_dim)
+        self._frequencies = frequencies.to(self.device)
+
+    @classmethod
+    def from_directory(cls, path: Path, device: torch.device, dtype: torch.dtype) -> Transformer:
+        """Loads a Hugging Face directory; raises ``ConfigError`` where it is not supported."""
+        config = ModelConfig.from_directory(path)
+        return cls(config, load_weights(path, config, device, dtype))
+
+    def hidden(
+        self,
+        tokens_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        segments: Sequence[Segment],
+        attention: Attention,
+        checkpointing: bool = False,
+    ) -> torch.Tensor:
+        """Final-normed hidden states [T, H].
+
+        ``checkpointing`` keeps only each layer's input for the backward pass and computes the
+        layer again there.
+        """
+        rotation = self.rotation(positions_T)
+        x_TH = self.weights.embedding[tokens_T]
+        for index, layer in enumerate(self.weights.layers):
+            if checkpointing:
+                x_TH = checkpoint(
+                    self._layer,
+                    x_TH,
+                    index,
+                    layer,
+                    rotation,
+                    segments,
+                    attention,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+            else:
+                x_TH = self._layer(x_TH, index, layer, rotation, segments, attention)
+        return rms_norm(x_TH, self.weights.final_norm, self.config.norm_eps)
+
+    def logits(self, hidden_TH: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+        """Logits [T, V] in the compute dtype: head plus each segment's unembed adapter."""
+        return lora_linear(hidden_TH, self.weights.head, segments, UNEMBED_LAYER, Group.UNEMBED)
+
+    def rotation(self, positions_T: torch.Tensor) -> Rotation:
+        angles = positions_T.float()[:, None] * self._frequencies
+        angles = torch.cat((angles, angles), 1)[:, None]
+        return Rotation(angles.cos().to(self.dtype), angles.sin().to(self.dtype))
+
+    def _layer(
+        self,
+        x_TH: torch.Tensor,
+        index: int,
+        layer: LayerWeights,
+        rotation: Rotation,
+        segments: Sequence[Segment],
+        attention: Attention,
+    ) -> torch.Tensor:
+        normed_TH = rms_norm(x_TH, layer.input_norm, self.config.norm_eps)
+        o_TX = self._attend(normed_TH, index, layer, rotation, segments, attention)
+        x_TH = x_TH + lora_linear(o_TX, layer.o, segments, index, Group.O)
+        normed_TH = rms_norm(x_TH, layer.mlp_norm, self.config.norm_eps)
+        gate_up = lora_linear(normed_TH, layer.gate_up, segments, index, Group.GATE_UP)
+        return x_TH + lora_linear(swiglu(gate_up), layer.down, segments, index, Group.DOWN)
+
+    def _attend(
+        self,
+        normed_TH: torch.Tensor,
+        index: int,
+        layer: LayerWeights,
+        rotation: Rotation,
+        segments: Sequence[Segment],
+        attention: Attention,
+    ) -> torch.Tensor:
+        config = self.config
+        num_heads, num_kv_heads = config.num_heads, config.num_kv_heads
+        qkv = lora_linear(normed_TH, layer.qkv, segments, index, Group.QKV)
+        heads = qkv.view(-1, num_heads + 2 * num_kv_heads, config.head_dim)
+        q_TND, k_TKD, v_TKD = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], 1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q_TND = rms_norm(q_TND, layer.q_norm, config.norm_eps)
+            k_TKD = rms_norm(k_TKD, layer.k_norm, config.norm_eps)
+        q_TND = rotate(q_TND, rotation.cos, rotation.sin)
+        k_TKD = rotate(k_TKD, rotation.cos, rotation.sin)
+        o_TND = attention(index, q_TND, k_TKD, v_TKD)
+        return o_TND.reshape(-1, num_heads * config.head_dim)
