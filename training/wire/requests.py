@@ -1,0 +1,441 @@
+"""Bodies of the JSON requests. Unknown fields are ignored, so that a newer SDK does not break us;
+known ones are of exactly the type stated. What the values mean is checked in ``core``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+import orjson
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
+
+from training.core.errors import InvalidRequest, TooLarge
+from training.wire.records import (
+    OtherChunk,
+    TextChunk,
+    TrainRequest,
+    WireChunk,
+    WireDatum,
+    WireTensor,
+)
+
+MAX_JSON_BYTES = 64 * 2**20
+"""Parsed JSON takes many times its size in memory, so it is held shorter than protobuf bodies."""
+
+MAX_METADATA_BYTES = 64 * 2**10
+_MAX_PROBLEMS = 5
+
+
+def _storable(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The metadata as strict JSON has it (no NaN), or ``ValueError``."""
+    try:
+        text = orjson.dumps(metadata)
+    except orjson.JSONEncodeError as error:
+        raise ValueError(f"cannot be stored: {error}") from None
+    if len(text) > MAX_METADATA_BYTES:
+        raise ValueError(f"has {len(text)} bytes; limit {MAX_METADATA_BYTES}")
+    if b"\\u0000" in text:
+        raise ValueError("contains a NUL character")
+    storable: dict[str, Any] = orjson.loads(text)
+    return storable
+
+
+# NUL is the one character that a PostgreSQL text column cannot hold.
+Text = Annotated[str, StringConstraints(max_length=2000, pattern=r"^[^\x00]*$")]
+Id = Annotated[str, StringConstraints(min_length=1, max_length=400, pattern=r"^[^\x00]*$")]
+Seq = Annotated[int, Field(ge=0, lt=2**63)]
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Metadata = Annotated[dict[Text, Any], AfterValidator(_storable)]
+TextMetadata = Annotated[dict[Text, Text], AfterValidator(_storable)]
+
+
+class WireModel(BaseModel):
+    model_config = ConfigDict(
+        strict=True,
+        extra="ignore",
+        frozen=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        populate_by_name=True,
+    )
+
+
+_ModelT = TypeVar("_ModelT", bound=BaseModel)
+
+
+def parse_json(model: type[_ModelT], body: bytes) -> _ModelT:
+    """An empty body counts as ``{}``. Raises ``InvalidRequest`` naming each bad field."""
+    if len(body) > MAX_JSON_BYTES:
+        raise TooLarge(f"JSON body has {len(body)} bytes; limit {MAX_JSON_BYTES}")
+    try:
+        return model.model_validate_json(body or b"{}")
+    except ValidationError as error:
+        raise InvalidRequest(_explain(error)) from None
+
+
+def _explain(error: ValidationError) -> str:
+    problems = error.errors(include_input=False, include_url=False, include_context=False)
+    texts = [
+        f"{'.'.join(str(part) for part in problem['loc'])[:200] or 'body'}: {problem['msg'][:300]}"
+        for problem in problems[:_MAX_PROBLEMS]
+    ]
+    if len(problems) > _MAX_PROBLEMS:
+        texts.append(f"and {len(problems) - _MAX_PROBLEMS} more")
+    return "; ".join(texts)
+
+
+# --------------------------------------------------------------------------- tensors and prompts
+
+
+class TensorJson(WireModel):
+    data: Annotated[list[int] | list[float], Field(union_mode="left_to_right")]
+    dtype: Literal["float32", "int64"]
+    shape: list[Int64] | None = None
+    sparse_crow_indices: list[int] | None = None
+    sparse_col_indices: list[int] | None = None
+
+    def to_wire(self, where: str) -> WireTensor:
+        crow, col = self.sparse_crow_indices, self.sparse_col_indices
+        if (crow is None) != (col is None):
+            raise InvalidRequest(f"{where}: sparse_crow_indices and sparse_col_indices go together")
+        return WireTensor(
+            values=_array(self.data, np.dtype(self.dtype), where),
+            shape=tuple(self.shape or ()),
+            crow=None if crow is None else _array(crow, np.dtype(np.int64), where),
+            col=None if col is None else _array(col, np.dtype(np.int64), where),
+        )
+
+
+class ChunkJson(WireModel):
+    """``type`` is open: what is not text is refused later, by name."""
+
+    type: Text = "encoded_text"
+    tokens: list[int] | None = None
+
+    def to_wire(self, where: str) -> WireChunk:
+        if self.type != "encoded_text":
+            return OtherChunk(self.type[:50])
+        if self.tokens is None:
+            raise InvalidRequest(f"{where}.tokens is missing")
+        return TextChunk(_array(self.tokens, np.dtype(np.int64), where))
+
+
+class ModelInputJson(WireModel):
+    chunks: list[ChunkJson]
+
+    def to_wire(self, where: str) -> list[WireChunk]:
+        return [chunk.to_wire(f"{where}[{index}]") for index, chunk in enumerate(self.chunks)]
+
+
+def _array(
+    numbers: list[int] | list[float], dtype: np.dtype[Any], where: str
+) -> np.ndarray[Any, Any]:
+    if dtype.kind == "i" and any(isinstance(number, float) for number in numbers):
+        raise InvalidRequest(f"{where}: int64 data must be whole numbers")
+    try:
+        with np.errstate(over="ignore"):
+            return np.asarray(numbers, dtype)
+    except OverflowError:
+        raise InvalidRequest(f"{where}: a number does not fit into {dtype.name}") from None
+
+
+# --------------------------------------------------------------------------- sessions, control
+
+
+class ClientConfigRequest(WireModel):
+    sdk_version: Text | None = None
+
+
+class CreateSessionRequest(WireModel):
+    """``session_id`` is our own Sessions API's; the SDK never sends it."""
+
+    tags: list[Text] = Field(default_factory=list, max_length=1000)
+    user_metadata: Metadata | None = None
+    sdk_version: Text | None = None
+    project_id: Id | None = None
+    display_name: Text | None = None
+    session_id: Id | None = None
+
+
+class SessionHeartbeatRequest(WireModel):
+    session_id: Id
+
+
+class FinishReason(WireModel):
+    type: Literal["success", "errored", "interrupted"]
+
+
+class FinishSessionRequest(WireModel):
+    reason: FinishReason = FinishReason(type="success")
+    detail: str | None = None
+
+
+class AssignProjectRequest(WireModel):
+    project_id: Id
+
+
+# --------------------------------------------------------------------------- training
+
+
+class LoraConfigJson(WireModel):
+    rank: Int64 = 32
+    seed: int | None = None
+    train_unembed: bool = True
+    train_mlp: bool = True
+    train_attn: bool = True
+
+
+class OptimizerConfigJson(WireModel):
+    """The family is open: what a backend lacks is refused later, by name."""
+
+    type: Text = "adamw"
+
+
+class CreateModelRequest(WireModel):
+    session_id: Id
+    model_seq_id: Seq
+    base_model: Id
+    user_metadata: Metadata | None = None
+    lora_config: LoraConfigJson | None = None
+    optimizer_config: OptimizerConfigJson = OptimizerConfigJson()
+
+
+class ModelRequest(WireModel):
+    """``get_info`` and ``unload_model``."""
+
+    model_id: Id
+
+
+class OptimizerParamsJson(WireModel):
+    """AdamW's fields; of another family only ``type`` is looked at."""
+
+    type: Text = "adamw"
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+
+class OptimStepRequest(WireModel):
+    model_id: Id
+    seq_id: Seq | None = None
+    params: OptimizerParamsJson = Field(
+        validation_alias=AliasChoices("adam_params", "optim_params", "optimizer_params")
+    )
+
+
+class LoadWeightsRequest(WireModel):
+    """Either ``session_id`` + ``model_seq_id`` (creates the model) or ``model_id`` + ``seq_id``."""
+
+    path: Text
+    optimizer: bool = False
+    model_id: Id | None = None
+    seq_id: Seq | None = None
+    session_id: Id | None = None
+    model_seq_id: Seq | None = None
+    base_model: Id | None = None
+    user_metadata: Metadata | None = None
+    optimizer_config: OptimizerConfigJson | None = None
+    weights_access_token: Text | None = None
+
+
+class SaveWeightsRequest(WireModel):
+    model_id: Id
+    path: Text | None = None
+    seq_id: Seq | None = None
+    ttl_seconds: Int64 | None = None
+    overwrite: bool = False
+    user_metadata: TextMetadata | None = None
+
+
+class SaveWeightsForSamplerRequest(WireModel):
+    """Without ``path`` the save is ephemeral and answers a sampling session."""
+
+    model_id: Id
+    path: Text | None = None
+    sampling_session_seq_id: Seq | None = None
+    kind: Literal["snapshot", "inflight"] = "snapshot"
+    seq_id: Seq | None = None
+    ttl_seconds: Int64 | None = None
+    user_metadata: TextMetadata | None = None
+
+
+class SaveWeightsExternalRequest(WireModel):
+    model_id: Id
+    path: Text
+    seq_id: Seq | None = None
+    ttl_seconds: Int64 | None = None
+    age_encryption_recipients: list[Text] | None = Field(None, max_length=10)
+
+
+class CopyWeightsRequest(WireModel):
+    source_path: Text
+    session_id: Id | None = None
+    model_seq_id: Seq | None = None
+    destination_project_id: Id | None = None
+    ttl_seconds: Int64 | None = None
+
+
+class CreateCustomLossRequest(WireModel):
+    """Read as far as refusing it needs."""
+
+    session_id: Id
+    custom_loss_seq_id: Seq
+    name: Text = ""
+
+
+# --------------------------------------------------------------------------- JSON forward_backward
+
+
+class DatumJson(WireModel):
+    model_input: ModelInputJson
+    loss_fn_inputs: dict[Text, TensorJson] = Field(default_factory=dict, max_length=64)
+
+    def to_wire(self, where: str) -> WireDatum:
+        return WireDatum(
+            chunks=self.model_input.to_wire(f"{where}.model_input"),
+            inputs={
+                name: tensor.to_wire(f"{where}.{name[:50]}")
+                for name, tensor in self.loss_fn_inputs.items()
+            },
+        )
+
+
+class TrainInputJson(WireModel):
+    data: list[DatumJson]
+    loss_fn: Text
+    loss_fn_config: dict[Text, float | str] | None = None
+
+
+class TrainJsonRequest(WireModel):
+    """The JSON twin of the protobuf request, as older SDKs and curl send it."""
+
+    model_id: Id
+    seq_id: Seq | None = None
+    input: TrainInputJson = Field(
+        validation_alias=AliasChoices("forward_backward_input", "forward_input")
+    )
+
+    def to_wire(self, seq_id: int, forward_only: bool) -> TrainRequest:
+        return TrainRequest(
+            model_id=self.model_id,
+            seq_id=seq_id,
+            loss_fn=self.input.loss_fn,
+            loss_config=dict(self.input.loss_fn_config or {}),
+            forward_only=forward_only,
+            data=[datum.to_wire(f"data[{i}]") for i, datum in enumerate(self.input.data)],
+        )
+
+
+# --------------------------------------------------------------------------- sampling, futures
+
+
+class CreateSamplingSessionRequest(WireModel):
+    session_id: Id
+    sampling_session_seq_id: Seq
+    base_model: Id | None = None
+    model_path: Text | None = None
+
+
+class JoinSamplingSessionRequest(WireModel):
+    sampling_session_id: Id
+
+
+class SamplingParamsJson(WireModel):
+    """``stop``: absent stops at the end token, [] at nothing."""
+
+    max_tokens: Int64 | None = None
+    seed: int | None = None
+    stop: str | list[str] | list[int] | None = None
+    temperature: float = 1.0
+    top_k: Int64 = -1
+    top_p: float = 1.0
+
+
+class SampleJsonRequest(WireModel):
+    prompt: ModelInputJson
+    sampling_params: SamplingParamsJson = SamplingParamsJson()
+    num_samples: Int64 = 1
+    sampling_session_id: Id | None = None
+    seq_id: Seq | None = None
+    base_model: Id | None = None
+    model_path: Text | None = None
+    prompt_logprobs: bool | None = None
+    prompt_logprobs_last_n: Int64 | None = None
+    topk_prompt_logprobs: Int64 = 0
+    topk_sample_logprobs: Int64 = 0
+    target_prompt_logprobs: TensorJson | None = None
+    prompt_alt_tokens_k: Int64 = 0
+    record_stability_info: bool | None = None
+
+
+class RetrieveFutureRequest(WireModel):
+    request_id: Id
+    allow_metadata_only: bool = False
+
+
+class CancelFutureRequest(WireModel):
+    request_id: Id
+
+
+class FuturesTarget(WireModel):
+    type: Literal["sampling_session"] = "sampling_session"
+    sampling_session_id: Id
+    cloned_sampler_id: Seq = 0
+
+
+class RetrieveFuturesRequest(WireModel):
+    target: FuturesTarget
+    prev_cursor: Seq = 0
+    timeout: float | None = None
+    retrieved_request_ids: list[Id] = Field(default_factory=list, max_length=100_000)
+
+
+# --------------------------------------------------------------------------- REST
+
+
+class WeightsInfoRequest(WireModel):
+    tinker_path: Text
+
+
+class SetTtlRequest(WireModel):
+    ttl_seconds: Int64 | None = None
+
+
+class SearchOwner(WireModel):
+    type: Literal["own", "accessible", "user"] = "own"
+    owner_urns: list[Text] = Field(default_factory=list, max_length=10)
+
+
+class SessionStatusQuery(WireModel):
+    type: Literal["active", "cancelled", "failed", "client_finished"]
+    reasons: list[Literal["success", "errored", "interrupted"]] | None = None
+
+
+class SessionSearchCursor(WireModel):
+    last_created_at: AwareDatetime
+    last_session_id: Id
+
+
+class SessionSearchRequest(WireModel):
+    session_id: Id | None = None
+    project_ids: list[Id] | None = None
+    user_metadata: Mapping[str, str] = Field(default_factory=dict)
+    display_name: Text | None = Field(None, min_length=1)
+    owner: SearchOwner = SearchOwner()
+    statuses: list[SessionStatusQuery] | None = None
+    limit: int = Field(50, ge=1, le=200)
+    cursor: SessionSearchCursor | None = None
