@@ -111,6 +111,15 @@ class ClientConfig(_Section):
     sample_cancel_enabled: bool = True
 
 
+class HubConfig(_Section):
+    """How clients get the tokenizers of served models where the hub cannot be reached."""
+
+    serve_weights: bool = False
+    """Whether the mirror at ``/hf`` offers weights too, not only configuration and tokenizer."""
+    seed_client_cache: bool = True
+    """Whether ``serve`` adds served tokenizers to this user's own Hugging Face cache."""
+
+
 class TrainingConfig(_Section):
     """Everything the server can be told. ``TrainingConfig()`` serves the embedded model."""
 
@@ -124,6 +133,7 @@ class TrainingConfig(_Section):
     scheduler: SchedulerConfig = SchedulerConfig()
     session: SessionConfig = SessionConfig()
     client: ClientConfig = ClientConfig()
+    hub: HubConfig = HubConfig()
     log_format: Literal["auto", "console", "json"] = "auto"
 
     def served_models(self) -> tuple[ModelConfig, ...]:
