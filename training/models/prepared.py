@@ -80,6 +80,13 @@ def is_prepared(directory: Path) -> bool:
     )
 
 
+def is_usable(directory: Path) -> bool:
+    """Whether ``directory`` is a model: our own if whole and current, anybody else's as it is."""
+    if (directory / MARKER_NAME).exists():
+        return is_prepared(directory)
+    return (directory / "config.json").is_file()
+
+
 def damaged_files(directory: Path) -> list[str]:
     """Names whose contents differ from the marker's checksums; for ``tinkercloud doctor``."""
     marker = read_marker(directory)
