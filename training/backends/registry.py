@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 
 from training.backends.base import Backend
 from training.backends.fake import FakeBackend
+from training.backends.local import LocalBackend
 from training.config import ModelConfig, TrainingConfig
 
 BACKENDS: Mapping[str, Callable[[ModelConfig, TrainingConfig], Backend]] = {
+    "local": LocalBackend,
     "fake": FakeBackend,
 }
 

@@ -22,17 +22,19 @@ from training.backends.fake.model import LAYER_GROUPS, BaseWeights, HeadView
 from training.config import ModelConfig, TrainingConfig
 from training.core.errors import BackendDead, UserError
 from training.losses import LOSSES
+from training.models.registry import served_model_info
 
 VOCAB_SIZE = 512
 CONTEXT_LENGTH = 4096
-EOS_TOKEN_ID = 2
+EOS_TOKEN_IDS: tuple[int, ...] = (2,)
 
 
 class FakeBackend:
     """A backend whose answers are exact and instant.
 
-    With a ``tokenizer.json`` in the model's directory, vocabulary and texts are that tokenizer's;
-    otherwise there are ``vocab_size`` tokens and token i reads as the character of code point i.
+    With a ``path``, vocabulary, context length and end tokens are those of the files there, and
+    texts those of its ``tokenizer.json``; otherwise there are ``vocab_size`` tokens and token i
+    reads as the character of code point i.
     ``delay_s`` is slept before each training call and each turn of a sample, for load tests.
     """
 
@@ -44,17 +46,18 @@ class FakeBackend:
         vocab_size: int = VOCAB_SIZE,
         delay_s: float = 0.0,
     ) -> None:
-        tokenizer = sampler.read_tokenizer(model.path)
-        if tokenizer is None:
-            self._text_of = sampler.character_texts(vocab_size)
-        else:
-            vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
-            self._text_of = sampler.tokenizer_texts(tokenizer)
+        context_length, eos_token_ids = model.context_length or CONTEXT_LENGTH, EOS_TOKEN_IDS
+        if model.path is not None:
+            info = served_model_info(model, config)
+            vocab_size, context_length = info.vocab_size, info.context_length
+            eos_token_ids = info.eos_token_ids
+        self._text_of = sampler.texts(model.path, vocab_size)
         self._base = BaseWeights(vocab_size)
         self._base_view = HeadView(self._base, None, {})
         self._delay_s = delay_s
         self._training = asyncio.Lock()
         self._slots: dict[int, trainer.Slot] = {}
+        self._lost_slots: set[int] = set()
         self._snapshots: dict[str, HeadView] = {}
         self._running: set[str] = set()
         self._cancelled: set[str] = set()
@@ -63,8 +66,8 @@ class FakeBackend:
         self._capabilities = Capabilities(
             base_model=model.name,
             vocab_size=vocab_size,
-            context_length=model.context_length or CONTEXT_LENGTH,
-            eos_token_ids=(EOS_TOKEN_ID,),
+            context_length=context_length,
+            eos_token_ids=eos_token_ids,
             max_slots=config.engine.max_slots,
             max_lora_rank=config.engine.max_lora_rank,
             losses=frozenset(LOSSES),
@@ -88,7 +91,9 @@ class FakeBackend:
 
     def crash(self) -> None:
         """What a dying engine does to its callers: slots are gone, running calls raise
-        ``BackendDead``; it is back at once with its snapshots and the next generation."""
+        ``BackendDead``; it is back at once with its snapshots and the next generation. Calls for
+        a lost slot raise ``BackendDead`` until it is loaded again."""
+        self._lost_slots |= set(self._slots)
         self._slots.clear()
         self._generation += 1
 
@@ -113,11 +118,13 @@ class FakeBackend:
                 if state_dir is None
                 else trainer.read_slot(self._base, spec, state_dir, with_optimizer)
             )
+            self._lost_slots.discard(slot)
 
     async def unload_slot(self, slot: int) -> None:
         async with self._training:
             await self._turn()
             self._slots.pop(slot, None)
+            self._lost_slots.discard(slot)
 
     async def forward_backward(self, unit: TrainUnit) -> list[TrainOutput]:
         async with self._training:
@@ -165,6 +172,8 @@ class FakeBackend:
             trainer.write_adapter(self._slot(slot), directory, self._capabilities.base_model)
 
     def _slot(self, slot: int) -> trainer.Slot:
+        if slot in self._lost_slots:
+            raise BackendDead(f"slot {slot} went with an engine that died; load it again")
         if slot not in self._slots:
             raise UserError(f"slot {slot} is empty")
         return self._slots[slot]

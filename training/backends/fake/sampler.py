@@ -17,34 +17,23 @@ from training.backends.base import (
     TopK,
 )
 from training.backends.fake.model import Float64Array, HeadView, log_softmax, stream
-from training.core.errors import UserError
+from training.core.errors import ConfigError, UserError
 
 TOKENS_PER_TURN = 32
 """Tokens drawn before other work gets a turn."""
 
+_FIRST_SURROGATE = 0xD800  # code points from here on are no characters
 _ALT_STREAM = -1  # never the index of a sequence
 
 
-def character_texts(vocab_size: int) -> Callable[[list[int]], str]:
-    """Without a tokenizer, token id i reads as the character of code point i."""
-    if vocab_size > 0xD800:
-        raise ValueError("a vocabulary of this size needs a tokenizer")
+def texts(directory: Path | None, vocab_size: int) -> Callable[[list[int]], str]:
+    """Tokens to text: by the directory's tokenizer; without one, token i is character i."""
+    if directory is not None and (directory / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        return lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=False))
+    if vocab_size > _FIRST_SURROGATE:
+        raise ConfigError(f"a vocabulary of {vocab_size} tokens needs a tokenizer.json")
     return lambda tokens: "".join(map(chr, tokens))
-
-
-def tokenizer_texts(tokenizer: Tokenizer) -> Callable[[list[int]], str]:
-    def text(tokens: list[int]) -> str:
-        decoded: str = tokenizer.decode(tokens, skip_special_tokens=False)
-        return decoded
-
-    return text
-
-
-def read_tokenizer(directory: Path | None) -> Tokenizer | None:
-    """The tokenizer of a model directory, if there is one."""
-    if directory is None or not (directory / "tokenizer.json").is_file():
-        return None
-    return Tokenizer.from_file(str(directory / "tokenizer.json"))
 
 
 def check_request(request: SampleRequest, vocab_size: int, context_length: int) -> None:

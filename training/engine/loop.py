@@ -1,0 +1,249 @@
+"""The engine's loop: training and sampling share one device, a micro-batch or a decode step a turn.
+
+Knows neither torch nor sockets: a ``TrainerWork``, a ``SamplerWork``, an inbox and a way to reply.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Protocol
+
+from training.backends import ipc
+from training.backends.base import (
+    AdamParams,
+    LoraSpec,
+    OptimOutput,
+    SampleRequest,
+    SampleResult,
+    TrainOutput,
+    TrainUnit,
+)
+from training.core.errors import StorageError, TinkercloudError, UnitError, UserError
+
+_log = logging.getLogger(__name__)
+
+TrainRun = Generator[None, None, list[TrainOutput]]
+"""Yields after each micro-batch. When closed or failed, it leaves no gradient of its unit."""
+
+
+class TrainerWork(Protocol):
+    """What the loop asks of ``engine.trainer.Trainer``; see ``TrainerBackend`` for the meaning."""
+
+    def load_slot(
+        self, slot: int, spec: LoraSpec, state_dir: Path | None, with_optimizer: bool
+    ) -> None: ...
+
+    def unload_slot(self, slot: int) -> None: ...
+
+    def forward_backward(self, unit: TrainUnit) -> TrainRun: ...
+
+    def forward(self, unit: TrainUnit) -> TrainRun: ...
+
+    def optim_step(self, params: Mapping[int, AdamParams]) -> dict[int, OptimOutput]: ...
+
+    def discard_grads(self, slot: int) -> None: ...
+
+    def save_state(self, slot: int, directory: Path) -> None: ...
+
+    def export_adapter(self, slot: int, directory: Path) -> None: ...
+
+
+class SamplerWork(Protocol):
+    """What the loop asks of ``engine.sampler.Sampler``."""
+
+    def publish(self, snapshot_id: str, directory: Path) -> None: ...
+
+    def retire(self, snapshot_id: str) -> None: ...
+
+    def submit(self, request: SampleRequest) -> None: ...
+
+    def cancel(self, request_id: str) -> None: ...
+
+    def has_work(self) -> bool: ...
+
+    def step(self) -> list[tuple[str, SampleResult | Exception]]: ...
+
+
+class Turn(Enum):
+    TRAIN = "train"
+    SAMPLE = "sample"
+    WAIT = "wait"
+
+
+class TimeShare:
+    """Whose turn it is: alone, a side gets everything; both get their shares of measured time."""
+
+    def __init__(self, sampling_share: float) -> None:
+        self._share = sampling_share
+        self._owed_to_sampling_s = 0.0
+
+    def plan(self, training_waits: bool, sampling_waits: bool) -> Turn:
+        if not (training_waits and sampling_waits):
+            self._owed_to_sampling_s = 0.0  # nobody saves up turns while the other is away
+            if training_waits:
+                return Turn.TRAIN
+            return Turn.SAMPLE if sampling_waits else Turn.WAIT
+        return Turn.SAMPLE if self._owed_to_sampling_s >= 0 else Turn.TRAIN
+
+    def spend(self, turn: Turn, seconds: float) -> None:
+        if turn is Turn.TRAIN:
+            self._owed_to_sampling_s += seconds * self._share
+        else:
+            self._owed_to_sampling_s -= seconds * (1 - self._share)
+
+
+class EngineLoop:
+    """Runs until ``Stop`` or the inbox's None. ``fatal`` errors are raised: the process must end.
+
+    Training commands are answered in the order they came; so are sampling commands, but for
+    ``Sample`` itself, which is answered when it is finished.
+    """
+
+    def __init__(
+        self,
+        trainer: TrainerWork,
+        sampler: SamplerWork,
+        inbox: queue.SimpleQueue[ipc.Call | None],
+        reply: Callable[[ipc.Reply], None],
+        *,
+        sampling_share: float,
+        fatal: tuple[type[BaseException], ...] = (),
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._trainer = trainer
+        self._sampler = sampler
+        self._inbox = inbox
+        self._reply = reply
+        self._fatal = fatal
+        self._clock = clock
+        self._time_share = TimeShare(sampling_share)
+        self._training: deque[ipc.Call] = deque()
+        self._run: TrainRun | None = None  # of self._training[0]
+        self._samples: dict[str, int] = {}  # request id -> call id
+        self._stopped = False
+
+    def run(self) -> None:
+        turn = Turn.WAIT
+        while True:
+            self._receive(wait=turn is Turn.WAIT)
+            if self._stopped:
+                return
+            turn = self._time_share.plan(bool(self._training), self._sampler.has_work())
+            started_at = self._clock()
+            if turn is Turn.TRAIN:
+                self._train()
+            elif turn is Turn.SAMPLE:
+                self._sample()
+            self._time_share.spend(turn, self._clock() - started_at)
+
+    # ----------------------------------------------------------------- absorb
+
+    def _receive(self, wait: bool) -> None:
+        """Takes what has arrived; with ``wait``, sleeps until something has."""
+        while not self._stopped:
+            try:
+                call = self._inbox.get(block=wait)
+            except queue.Empty:
+                return
+            wait = False
+            if call is None or isinstance(call.command, ipc.Stop):
+                self._stopped = True
+            elif isinstance(call.command, ipc.Publish | ipc.Retire | ipc.Sample | ipc.Cancel):
+                self._sampling_command(call.call_id, call.command)
+            else:
+                self._training.append(call)
+
+    def _sampling_command(self, call_id: int, command: ipc.SamplingCommand) -> None:
+        try:
+            match command:
+                case ipc.Publish(snapshot_id, directory):
+                    self._sampler.publish(snapshot_id, directory)
+                case ipc.Retire(snapshot_id):
+                    self._sampler.retire(snapshot_id)
+                case ipc.Cancel(request_id):
+                    self._cancel(request_id)
+                case ipc.Sample(request):
+                    if request.request_id in self._samples:
+                        raise UserError(f"request {request.request_id} is already running")
+                    self._sampler.submit(request)
+                    self._samples[request.request_id] = call_id
+                    return
+        except Exception as error:
+            self._reply(ipc.Reply(call_id, error=self._shown(error, command)))
+            return
+        self._reply(ipc.Reply(call_id))
+
+    def _cancel(self, request_id: str) -> None:
+        call_id = self._samples.pop(request_id, None)
+        if call_id is not None:
+            self._sampler.cancel(request_id)
+            self._reply(ipc.Reply(call_id, error=UserError("the request was cancelled")))
+
+    # ----------------------------------------------------------------- turns
+
+    def _sample(self) -> None:
+        for request_id, result in self._sampler.step():
+            call_id = self._samples.pop(request_id, None)
+            if call_id is None:
+                continue  # cancelled, and answered then
+            if isinstance(result, Exception):
+                shown = self._shown(result, ipc.Sample)
+                self._reply(ipc.Reply(call_id, error=shown))
+            else:
+                self._reply(ipc.Reply(call_id, result))
+
+    def _train(self) -> None:
+        """One micro-batch of the first training command, or all of it where it has none."""
+        call = self._training[0]
+        try:
+            if self._run is None and isinstance(call.command, ipc.ForwardBackward):
+                self._run = self._trainer.forward_backward(call.command.unit)
+            elif self._run is None and isinstance(call.command, ipc.Forward):
+                self._run = self._trainer.forward(call.command.unit)
+            if self._run is not None:
+                next(self._run)
+                return
+            reply = ipc.Reply(call.call_id, self._training_command(call.command))
+        except StopIteration as end:
+            reply = ipc.Reply(call.call_id, end.value)
+        except Exception as error:
+            reply = ipc.Reply(call.call_id, error=self._shown(error, call.command))
+        self._run = None
+        self._training.popleft()
+        self._reply(reply)
+
+    def _training_command(self, command: ipc.Command) -> object:
+        match command:
+            case ipc.LoadSlot(slot, spec, state_dir, with_optimizer):
+                self._trainer.load_slot(slot, spec, state_dir, with_optimizer)
+            case ipc.UnloadSlot(slot):
+                self._trainer.unload_slot(slot)
+            case ipc.OptimStep(params):
+                return self._trainer.optim_step(params)
+            case ipc.DiscardGrads(slot):
+                self._trainer.discard_grads(slot)
+            case ipc.SaveState(slot, directory):
+                self._trainer.save_state(slot, directory)
+            case ipc.ExportAdapter(slot, directory):
+                self._trainer.export_adapter(slot, directory)
+            case _:
+                raise TypeError(f"not a training command: {command}")
+        return None
+
+    def _shown(self, error: Exception, command: object) -> Exception:
+        """The error as the other side may see it: ours as they are, others short and logged."""
+        if isinstance(error, TinkercloudError):
+            return error
+        if isinstance(error, self._fatal):
+            raise error
+        name = command.__name__ if isinstance(command, type) else type(command).__name__
+        _log.error("%s failed", name, exc_info=error)
+        reason = (str(error).splitlines() or [""])[0][:200]
+        text = f"{name} failed: {type(error).__name__}: {reason}"
+        return StorageError(text) if isinstance(error, OSError) else UnitError(text)

@@ -1,0 +1,135 @@
+"""The engine process: loads the model, then runs the loop until its parent lets go of the socket.
+
+Two threads: this one computes; a reader takes commands off the socket. Nothing here outlives the
+process, so it may end at any moment.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from typing import NamedTuple
+
+import torch
+
+from training.backends import ipc
+from training.backends.base import Capabilities
+from training.config import EngineConfig
+from training.core.errors import ConfigError
+from training.engine.loop import EngineLoop
+from training.engine.model import Transformer
+from training.engine.sampler import Sampler
+from training.engine.trainer import Trainer
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_PR_SET_PDEATHSIG = 1
+
+_log = logging.getLogger(__name__)
+
+
+def main(fd: int, parent_pid: int) -> int:
+    """Exit codes: 0 told to stop, 1 broken, 2 the model cannot be loaded."""
+    logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("training").setLevel(logging.INFO)
+    _end_with_parent(parent_pid)
+    # Ctrl-C and a service manager's SIGTERM reach every process of the group; the server decides
+    # when its engine ends, by closing the socket.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sock = socket.socket(fileno=fd)
+    configure = ipc.receive(sock)
+    if configure is None:
+        return 0
+    assert isinstance(configure, ipc.Configure)
+    try:
+        engine = load(configure)
+    except ConfigError as error:
+        ipc.send(sock, ipc.StartFailed(str(error)))
+        return 2
+    except Exception as error:
+        _log.exception("cannot load %s", configure.model_path)
+        reason = f"{type(error).__name__}: {error}"[:500]
+        ipc.send(sock, ipc.StartFailed(f"cannot load {configure.base_model}: {reason}"))
+        return 2
+    inbox: queue.SimpleQueue[ipc.Call | None] = queue.SimpleQueue()
+    threading.Thread(target=_read_all, args=(sock, inbox), name="reader", daemon=True).start()
+    ipc.send(sock, ipc.Ready(engine.capabilities))
+    loop = EngineLoop(
+        engine.trainer,
+        engine.sampler,
+        inbox,
+        lambda reply: ipc.send(sock, reply),
+        sampling_share=configure.engine.sampling_share,
+        fatal=(torch.AcceleratorError,),  # after one, the device context answers nothing else
+    )
+    loop.run()
+    return 0
+
+
+class Engine(NamedTuple):
+    trainer: Trainer
+    sampler: Sampler
+    capabilities: Capabilities
+
+
+def load(configure: ipc.Configure) -> Engine:
+    """Raises ``ConfigError`` for a model or setting that cannot be used."""
+    engine = configure.engine
+    if engine.num_threads is not None:
+        torch.set_num_threads(engine.num_threads)
+    device, dtype = choose_device(engine), DTYPES[engine.dtype]
+    model = Transformer.from_directory(configure.model_path, device, dtype)
+    trainer = Trainer(model, engine)
+    sampler = Sampler(model, engine, configure.model_path)
+    known = trainer.capabilities()
+    longest = known.context_length
+    if configure.context_length is not None and configure.context_length > longest:
+        raise ConfigError(
+            f"context_length {configure.context_length} of {configure.base_model} is over the "
+            f"model's own {longest}"
+        )
+    capabilities = dataclasses.replace(
+        known,
+        base_model=configure.base_model,
+        context_length=configure.context_length or longest,
+    )
+    _log.info("loaded %s on %s in %s", configure.base_model, device, engine.dtype)
+    return Engine(trainer, sampler, capabilities)
+
+
+def choose_device(engine: EngineConfig) -> torch.device:
+    if engine.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if engine.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("engine.device is cuda, but torch sees no CUDA device here")
+    return torch.device(engine.device)
+
+
+def _read_all(sock: socket.socket, inbox: queue.SimpleQueue[ipc.Call | None]) -> None:
+    """When the socket ends, nobody wants the work in progress: the process ends at once."""
+    try:
+        while (message := ipc.receive(sock)) is not None:
+            assert isinstance(message, ipc.Call)
+            inbox.put(message)
+    except OSError:
+        pass
+    except Exception:
+        _log.exception("unreadable command")
+        os._exit(1)
+    os._exit(0)
+
+
+def _end_with_parent(parent_pid: int) -> None:
+    """The kernel kills us when the server dies, also while a long computation runs."""
+    if sys.platform != "linux":
+        return  # the reader thread sees the socket's end
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it died before the line above
+        os._exit(0)
