@@ -5,150 +5,22 @@ known ones are of exactly the type stated. What the values mean is checked in ``
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Literal
 
-import numpy as np
-import orjson
-from pydantic import (
-    AfterValidator,
-    AliasChoices,
-    AwareDatetime,
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
+from pydantic import AliasChoices, AwareDatetime, Field
+
+from training.wire.json_base import (
+    Id,
+    Int64,
+    Metadata,
+    ModelInputJson,
+    Seq,
+    TensorJson,
+    Text,
+    TextMetadata,
+    WireModel,
 )
-
-from training.core.errors import InvalidRequest, TooLarge
-from training.wire.records import (
-    OtherChunk,
-    TextChunk,
-    TrainRequest,
-    WireChunk,
-    WireDatum,
-    WireTensor,
-)
-
-MAX_JSON_BYTES = 64 * 2**20
-"""Parsed JSON takes many times its size in memory, so it is held shorter than protobuf bodies."""
-
-MAX_METADATA_BYTES = 64 * 2**10
-_MAX_PROBLEMS = 5
-
-
-def _storable(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The metadata as strict JSON has it (no NaN), or ``ValueError``."""
-    try:
-        text = orjson.dumps(metadata)
-    except orjson.JSONEncodeError as error:
-        raise ValueError(f"cannot be stored: {error}") from None
-    if len(text) > MAX_METADATA_BYTES:
-        raise ValueError(f"has {len(text)} bytes; limit {MAX_METADATA_BYTES}")
-    if b"\\u0000" in text:
-        raise ValueError("contains a NUL character")
-    storable: dict[str, Any] = orjson.loads(text)
-    return storable
-
-
-# NUL is the one character that a PostgreSQL text column cannot hold.
-Text = Annotated[str, StringConstraints(max_length=2000, pattern=r"^[^\x00]*$")]
-Id = Annotated[str, StringConstraints(min_length=1, max_length=400, pattern=r"^[^\x00]*$")]
-Seq = Annotated[int, Field(ge=0, lt=2**63)]
-Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Metadata = Annotated[dict[Text, Any], AfterValidator(_storable)]
-TextMetadata = Annotated[dict[Text, Text], AfterValidator(_storable)]
-
-
-class WireModel(BaseModel):
-    model_config = ConfigDict(
-        strict=True,
-        extra="ignore",
-        frozen=True,
-        allow_inf_nan=False,
-        protected_namespaces=(),
-        populate_by_name=True,
-    )
-
-
-_ModelT = TypeVar("_ModelT", bound=BaseModel)
-
-
-def parse_json(model: type[_ModelT], body: bytes) -> _ModelT:
-    """An empty body counts as ``{}``. Raises ``InvalidRequest`` naming each bad field."""
-    if len(body) > MAX_JSON_BYTES:
-        raise TooLarge(f"JSON body has {len(body)} bytes; limit {MAX_JSON_BYTES}")
-    try:
-        return model.model_validate_json(body or b"{}")
-    except ValidationError as error:
-        raise InvalidRequest(_explain(error)) from None
-
-
-def _explain(error: ValidationError) -> str:
-    problems = error.errors(include_input=False, include_url=False, include_context=False)
-    texts = [
-        f"{'.'.join(str(part) for part in problem['loc'])[:200] or 'body'}: {problem['msg'][:300]}"
-        for problem in problems[:_MAX_PROBLEMS]
-    ]
-    if len(problems) > _MAX_PROBLEMS:
-        texts.append(f"and {len(problems) - _MAX_PROBLEMS} more")
-    return "; ".join(texts)
-
-
-# --------------------------------------------------------------------------- tensors and prompts
-
-
-class TensorJson(WireModel):
-    data: Annotated[list[int] | list[float], Field(union_mode="left_to_right")]
-    dtype: Literal["float32", "int64"]
-    shape: list[Int64] | None = None
-    sparse_crow_indices: list[int] | None = None
-    sparse_col_indices: list[int] | None = None
-
-    def to_wire(self, where: str) -> WireTensor:
-        crow, col = self.sparse_crow_indices, self.sparse_col_indices
-        if (crow is None) != (col is None):
-            raise InvalidRequest(f"{where}: sparse_crow_indices and sparse_col_indices go together")
-        return WireTensor(
-            values=_array(self.data, np.dtype(self.dtype), where),
-            shape=tuple(self.shape or ()),
-            crow=None if crow is None else _array(crow, np.dtype(np.int64), where),
-            col=None if col is None else _array(col, np.dtype(np.int64), where),
-        )
-
-
-class ChunkJson(WireModel):
-    """``type`` is open: what is not text is refused later, by name."""
-
-    type: Text = "encoded_text"
-    tokens: list[int] | None = None
-
-    def to_wire(self, where: str) -> WireChunk:
-        if self.type != "encoded_text":
-            return OtherChunk(self.type[:50])
-        if self.tokens is None:
-            raise InvalidRequest(f"{where}.tokens is missing")
-        return TextChunk(_array(self.tokens, np.dtype(np.int64), where))
-
-
-class ModelInputJson(WireModel):
-    chunks: list[ChunkJson]
-
-    def to_wire(self, where: str) -> list[WireChunk]:
-        return [chunk.to_wire(f"{where}[{index}]") for index, chunk in enumerate(self.chunks)]
-
-
-def _array(
-    numbers: list[int] | list[float], dtype: np.dtype[Any], where: str
-) -> np.ndarray[Any, Any]:
-    if dtype.kind == "i" and any(isinstance(number, float) for number in numbers):
-        raise InvalidRequest(f"{where}: int64 data must be whole numbers")
-    try:
-        with np.errstate(over="ignore"):
-            return np.asarray(numbers, dtype)
-    except OverflowError:
-        raise InvalidRequest(f"{where}: a number does not fit into {dtype.name}") from None
-
+from training.wire.records import TrainRequest, WireDatum
 
 # --------------------------------------------------------------------------- sessions, control
 
