@@ -17,6 +17,9 @@ from torch.nn import functional as F
 from training.engine.adapter import Adapter, Group, LoraMatrices, Segment
 from training.engine.weights import Linear
 
+Reduced = list[torch.Tensor | None]
+"""Per segment: scale * x A^T [rows, R], or None where the segment adapts nothing here."""
+
 
 def lora_linear(
     x_TI: torch.Tensor, linear: Linear, segments: Sequence[Segment], layer: int, group: Group
@@ -25,8 +28,25 @@ def lora_linear(
     if not torch.is_grad_enabled():
         return _forward(x_TI, linear, segments, layer, group)[0]
     anchor = _anchor(x_TI, segments, layer, group)
-    y_TO: torch.Tensor = _LoraLinear.apply(x_TI, anchor, linear, segments, layer, group)  # type: ignore[no-untyped-call]
+    y_TO: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+        x_TI, anchor, linear, segments, layer, group
+    )
     return y_TO
+
+
+def lora_linear_backward(
+    x_TI: torch.Tensor,
+    dy_TO: torch.Tensor,
+    linear: Linear,
+    segments: Sequence[Segment],
+    layer: int,
+    group: Group,
+) -> torch.Tensor:
+    """For callers that do without autograd: adds to the sinks, returns dx [T, I]."""
+    reduced = [_reduce(x_TI, segment, layer, group) for segment in segments]
+    dx_TI = _backward(True, x_TI, reduced, dy_TO, linear, segments, layer, group)
+    assert dx_TI is not None
+    return dx_TI
 
 
 def _anchor(
@@ -40,31 +60,97 @@ def _anchor(
     return None
 
 
+def _reduce(x_TI: torch.Tensor, segment: Segment, layer: int, group: Group) -> torch.Tensor | None:
+    adapter = segment.adapter
+    pair = adapter.group(layer, group) if adapter else None
+    if adapter is None or pair is None:
+        return None
+    return F.linear(x_TI[segment.start : segment.stop], pair.a).mul_(adapter.scale)
+
+
 def _forward(
     x_TI: torch.Tensor, linear: Linear, segments: Sequence[Segment], layer: int, group: Group
-) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """Returns y and, per segment, the scaled ``x A^T`` that the backward pass needs."""
+) -> tuple[torch.Tensor, Reduced]:
     y_TO = F.linear(x_TI, linear.weight, linear.bias)
-    reduced: list[torch.Tensor | None] = []
-    for adapter, start, stop, _ in segments:
-        pair = adapter.group(layer, group) if adapter else None
-        if adapter is None or pair is None:
-            reduced.append(None)
-            continue
-        z_TR = F.linear(x_TI[start:stop], pair.a).mul_(adapter.scale)
-        _add_product(y_TO[start:stop], z_TR, pair, adapter.rank)
-        reduced.append(z_TR)
+    reduced = [_reduce(x_TI, segment, layer, group) for segment in segments]
+    for segment, z_TR in zip(segments, reduced, strict=True):
+        if z_TR is not None:
+            _add_product(y_TO[segment.start : segment.stop], z_TR, segment, layer, group)
     return y_TO, reduced
 
 
-def _add_product(y_TO: torch.Tensor, z_TR: torch.Tensor, pair: LoraMatrices, rank: int) -> None:
+def _add_product(
+    y_TO: torch.Tensor, z_TR: torch.Tensor, segment: Segment, layer: int, group: Group
+) -> None:
     """Adds ``z_i B_i^T`` of each projection i to its columns of y."""
-    column = 0
-    for index, size in enumerate(pair.out_sizes):
-        b = pair.b[column : column + size]
-        z = z_TR[:, index * rank : (index + 1) * rank]
-        y_TO[:, column : column + size] += z @ b.T
-        column += size
+    pair, rank = _pair(segment.adapter, layer, group), _rank(segment.adapter)
+    ys = torch.split(y_TO, pair.out_sizes, 1)
+    bs = torch.split(pair.b, pair.out_sizes)
+    for y, z, b in zip(ys, torch.split(z_TR, rank, 1), bs, strict=True):
+        y.addmm_(z, b.T)
+
+
+def _backward(
+    needs_dx: bool,
+    x_TI: torch.Tensor,
+    reduced: Sequence[torch.Tensor | None],
+    dy_TO: torch.Tensor,
+    linear: Linear,
+    segments: Sequence[Segment],
+    layer: int,
+    group: Group,
+) -> torch.Tensor | None:
+    dx_TI = dy_TO @ linear.weight if needs_dx else None
+    for segment, z_TR in zip(segments, reduced, strict=True):
+        if z_TR is None:
+            continue
+        rows = slice(segment.start, segment.stop)
+        pair, rank = _pair(segment.adapter, layer, group), _rank(segment.adapter)
+        dz_TR = _reduced_gradient(dy_TO[rows], pair, segment.adapter)
+        into = segment.sink.group(layer, group) if segment.sink else None
+        if into is not None:
+            _add_gradients(into, x_TI[rows], z_TR, dy_TO[rows], dz_TR, rank)
+        if dx_TI is not None:
+            dx_TI[rows].addmm_(dz_TR, pair.a)
+    return dx_TI
+
+
+def _reduced_gradient(
+    dy_TO: torch.Tensor, pair: LoraMatrices, adapter: Adapter | None
+) -> torch.Tensor:
+    """Gradient of ``x A^T`` [T, R]."""
+    assert adapter is not None
+    dys = torch.split(dy_TO, pair.out_sizes, 1)
+    bs = torch.split(pair.b, pair.out_sizes)
+    parts = [dy @ b for dy, b in zip(dys, bs, strict=True)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).mul_(adapter.scale)
+
+
+def _add_gradients(
+    into: LoraMatrices,
+    x_TI: torch.Tensor,
+    z_TR: torch.Tensor,
+    dy_TO: torch.Tensor,
+    dz_TR: torch.Tensor,
+    rank: int,
+) -> None:
+    """Adds this segment's dA and dB to its sink, in fp32."""
+    into.a.add_(dz_TR.T @ x_TI)
+    dys = torch.split(dy_TO, into.out_sizes, 1)
+    bs = torch.split(into.b, into.out_sizes)
+    for dy, z, b in zip(dys, torch.split(z_TR, rank, 1), bs, strict=True):
+        b.add_(dy.T @ z)
+
+
+def _pair(adapter: Adapter | None, layer: int, group: Group) -> LoraMatrices:
+    pair = adapter.group(layer, group) if adapter else None
+    assert pair is not None, "only called where the segment adapts this group"
+    return pair
+
+
+def _rank(adapter: Adapter | None) -> int:
+    assert adapter is not None
+    return adapter.rank
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -86,47 +172,5 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_TO: torch.Tensor) -> Any:
         x_TI, *reduced = ctx.saved_tensors
-        linear, segments, layer, group = ctx.call
-        dx_TI = dy_TO @ linear.weight if ctx.needs_input_grad[0] else None
-        for segment, z_TR in zip(segments, reduced, strict=True):
-            if z_TR is None:
-                continue
-            rows = slice(segment.start, segment.stop)
-            dz_TR = _reduced_gradient(dy_TO[rows], segment.adapter, layer, group)
-            if segment.sink is not None:
-                into = segment.sink.group(layer, group)
-                add_gradients(into, x_TI[rows], z_TR, dy_TO[rows], dz_TR, segment.adapter.rank)
-            if dx_TI is not None:
-                dx_TI[rows].addmm_(dz_TR, segment.adapter.group(layer, group).a)
+        dx_TI = _backward(ctx.needs_input_grad[0], x_TI, reduced, dy_TO, *ctx.call)
         return dx_TI, None, None, None, None, None
-
-
-def _reduced_gradient(
-    dy_TO: torch.Tensor, adapter: Adapter, layer: int, group: Group
-) -> torch.Tensor:
-    """Gradient of ``x A^T`` [T, R]."""
-    pair = adapter.group(layer, group)
-    assert pair is not None
-    parts = [
-        dy @ b
-        for dy, b in zip(
-            torch.split(dy_TO, pair.out_sizes, 1), torch.split(pair.b, pair.out_sizes), strict=True
-        )
-    ]
-    return torch.cat(parts, 1).mul_(adapter.scale)
-
-
-def add_gradients(
-    into: LoraMatrices,
-    x_TI: torch.Tensor,
-    z_TR: torch.Tensor,
-    dy_TO: torch.Tensor,
-    dz_TR: torch.Tensor,
-    rank: int,
-) -> None:
-    """Adds this segment's dA and dB to its sink, in fp32."""
-    into.a.add_(dz_TR.T @ x_TI)
-    dys = torch.split(dy_TO, into.out_sizes, 1)
-    bs = torch.split(into.b, into.out_sizes)
-    for dy, z, b in zip(dys, torch.split(z_TR, rank, 1), bs, strict=True):
-        b.add_(dy.T @ z)

@@ -1,0 +1,59 @@
+"""AdamW over one flat parameter buffer, with hyper-parameters given at each step.
+
+torch's fused kernel does the arithmetic; what it remembers is handed to it at each step, so that
+hyper-parameters may change from step to step and state lies in our buffers alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from training.backends.base import AdamParams, OptimOutput
+
+CLIP_EPSILON = 1e-6
+"""As in ``torch.nn.utils.clip_grad_norm_``."""
+
+
+@dataclass(eq=False)
+class AdamState:
+    """``exp_avg`` and ``exp_avg_sq`` fp32 [num_params]; ``step`` counts steps taken."""
+
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+    step: int = 0
+
+    @classmethod
+    def zeros_like(cls, weights: torch.Tensor) -> AdamState:
+        return cls(torch.zeros_like(weights), torch.zeros_like(weights))
+
+
+def adamw_step(
+    weights: torch.Tensor, gradient: torch.Tensor, state: AdamState, params: AdamParams
+) -> OptimOutput:
+    """One step, in place; ``gradient`` may be overwritten. Refused if it is not finite."""
+    norm = torch.linalg.vector_norm(gradient, dtype=torch.float64).item()
+    if not math.isfinite(norm):
+        return OptimOutput(error=f"the gradient is not finite (norm {norm}); step refused")
+    if params.grad_clip_norm > 0:
+        gradient.mul_(min(1.0, params.grad_clip_norm / (norm + CLIP_EPSILON)))
+    weights.grad = gradient
+    optimizer = torch.optim.AdamW(
+        [weights],
+        lr=params.learning_rate,
+        betas=(params.beta1, params.beta2),
+        eps=params.eps,
+        weight_decay=params.weight_decay,
+        fused=True,
+    )
+    optimizer.state[weights] = {
+        "step": torch.tensor(float(state.step), device=weights.device),
+        "exp_avg": state.exp_avg,
+        "exp_avg_sq": state.exp_avg_sq,
+    }
+    optimizer.step()
+    weights.grad = None
+    state.step += 1
+    return OptimOutput(metrics={"grad_norm": norm, "optimizer_step": float(state.step)})

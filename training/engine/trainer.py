@@ -1,0 +1,314 @@
+"""Trains many adapters on one frozen model: slots, gradients of units, optimizer steps.
+
+Gradients of an operation are summed chunk by chunk into a buffer of its own, which is then added
+to its slot's gradient in the order of operations; a unit that fails drops its buffers, and the
+slots' gradients are what they were. All calls come from one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from training.backends.base import (
+    AdamParams,
+    Capabilities,
+    Datum,
+    Float32Array,
+    LoraSpec,
+    OptimOutput,
+    TrainOp,
+    TrainOutput,
+    TrainUnit,
+)
+from training.config import EngineConfig
+from training.core.errors import BackendError, UnitError, UserError
+from training.engine.adapter import (
+    Adapter,
+    AdapterLayout,
+    GradientSink,
+    Segment,
+    fresh_weights,
+)
+from training.engine.adapter_files import write_adapter
+from training.engine.attention import PackedAttention
+from training.engine.head import Head
+from training.engine.model import Transformer
+from training.engine.optimizer import AdamState, adamw_step
+from training.engine.packing import Chunk, MicroBatch, plan_micro_batches
+from training.engine.state_files import read_state, write_state
+from training.losses import LOSSES
+from training.losses.base import LossSpec
+
+UnitRun = Generator[None, None, list[TrainOutput]]
+"""Yields after every micro-batch, so that its caller can do other work; returns the outputs."""
+
+
+@dataclass(eq=False)
+class Slot:
+    """``weights``: fp32 masters; ``adapter``: their copy in the compute dtype; ``gradient``: the
+    sum since the last step, None for zero. All flat, in the layout of ``adapter``."""
+
+    weights: torch.Tensor
+    adam: AdamState
+    adapter: Adapter
+    gradient: torch.Tensor | None = None
+
+    @property
+    def layout(self) -> AdapterLayout:
+        return self.adapter.layout
+
+
+class Trainer:
+    """``name`` is the base model's; ``context_length`` may shorten the model's own."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        config: EngineConfig,
+        name: str,
+        context_length: int | None = None,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.name = name
+        self.context_length = min(
+            context_length or model.config.context_length, model.config.context_length
+        )
+        self._slots: dict[int, Slot] = {}
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            base_model=self.name,
+            vocab_size=self.model.config.vocab_size,
+            context_length=self.context_length,
+            eos_token_ids=self.model.config.eos_token_ids,
+            max_slots=self.config.max_slots,
+            max_lora_rank=self.config.max_lora_rank,
+            losses=frozenset(LOSSES),
+        )
+
+    # ------------------------------------------------------------------ slots
+
+    def load_slot(
+        self,
+        slot: int,
+        spec: LoraSpec,
+        state_dir: Path | None = None,
+        with_optimizer: bool = True,
+    ) -> None:
+        """Raises ``UserError`` where the saved state does not fit; the old slot then remains."""
+        if not 1 <= spec.rank <= self.config.max_lora_rank:
+            raise UserError(f"LoRA rank {spec.rank} is not in 1..{self.config.max_lora_rank}")
+        if slot not in self._slots and len(self._slots) >= self.config.max_slots:
+            raise UnitError(f"all {self.config.max_slots} adapter slots are in use")
+        layout = AdapterLayout.of(self.model.config, spec)
+        adam = None
+        if state_dir is None:
+            weights = fresh_weights(layout)
+        else:
+            saved = read_state(state_dir, layout, self.model.config, self.name, with_optimizer)
+            weights, adam = saved.weights, saved.adam
+        self._slots[slot] = self._new_slot(layout, weights, adam)
+
+    def _new_slot(
+        self, layout: AdapterLayout, weights: torch.Tensor, adam: AdamState | None
+    ) -> Slot:
+        device = self.model.device
+        weights = weights.to(device)
+        # In fp32 the adapter computes on the masters themselves: no copy to keep in step.
+        adapter = Adapter(layout, weights.to(self.model.dtype))
+        if adam is None:
+            adam = AdamState.zeros_like(weights)
+        else:
+            adam = AdamState(adam.exp_avg.to(device), adam.exp_avg_sq.to(device), adam.step)
+        return Slot(weights, adam, adapter)
+
+    def unload_slot(self, slot: int) -> None:
+        self._slots.pop(slot, None)
+
+    def discard_grads(self, slot: int) -> None:
+        self._slot(slot).gradient = None
+
+    def save_state(self, slot: int, directory: Path) -> None:
+        held = self._slot(slot)
+        write_state(directory, held.layout, held.weights, held.adam, self.name)
+
+    def export_adapter(self, slot: int, directory: Path) -> None:
+        held = self._slot(slot)
+        write_adapter(directory, held.layout, held.weights, self.name)
+
+    def _slot(self, slot: int) -> Slot:
+        if slot not in self._slots:
+            raise UnitError(f"slot {slot} holds no adapter")
+        return self._slots[slot]
+
+    # ------------------------------------------------------------------ units
+
+    def forward_backward(self, unit: TrainUnit) -> UnitRun:
+        """Raises ``UserError`` (with the operation's index) or ``UnitError``; nothing changed."""
+        return self._run(unit, with_gradient=True)
+
+    def forward(self, unit: TrainUnit) -> UnitRun:
+        return self._run(unit, with_gradient=False)
+
+    def _run(self, unit: TrainUnit, with_gradient: bool) -> UnitRun:
+        self._check(unit)
+        work = _UnitWork(self.model, unit, self._slots, with_gradient)
+        try:
+            for batch in plan_micro_batches(unit, self.config.micro_batch_tokens):
+                work.micro_batch(batch)
+                yield
+        except BackendError:
+            raise
+        except Exception as error:  # border: whatever torch raises, out of memory included
+            raise UnitError(f"the unit failed: {type(error).__name__}: {error}") from error
+        for slot, gradient in work.gradients.items():
+            self._slots[slot].gradient = gradient
+        return work.outputs()
+
+    def _check(self, unit: TrainUnit) -> None:
+        for op_index, op in enumerate(unit.ops):
+            self._slot(op.slot)
+            if op.loss not in LOSSES:
+                raise UserError(f"loss {op.loss!r} is not offered", op_index)
+            for datum in op.data:
+                if problem := self._problem(datum, LOSSES[op.loss]):
+                    raise UserError(problem, op_index)
+
+    def _problem(self, datum: Datum, loss: LossSpec) -> str | None:
+        if not 1 <= datum.num_tokens <= self.context_length:
+            return f"a sequence has {datum.num_tokens} tokens, not 1 to {self.context_length}"
+        if len(datum.targets) != datum.num_tokens or datum.targets.ndim > loss.max_rank:
+            return f"targets of shape {datum.targets.shape} do not fit {loss.name}"
+        if missing := [name for name in loss.required if name not in datum.inputs]:
+            return f"{loss.name} needs the inputs {missing}"
+        if any(each.shape != datum.targets.shape for each in datum.inputs.values()):
+            return "an input does not have the shape of the targets"
+        for ids in (datum.tokens, datum.targets):
+            if ids.size and (ids.min() < 0 or ids.max() >= self.model.config.vocab_size):
+                return "a token id is outside the vocabulary"
+        return None
+
+    # ------------------------------------------------------------------ steps
+
+    def optim_step(self, params: Mapping[int, AdamParams]) -> dict[int, OptimOutput]:
+        return {slot: self._step(self._slot(slot), each) for slot, each in params.items()}
+
+    def _step(self, held: Slot, params: AdamParams) -> OptimOutput:
+        gradient = held.gradient
+        if gradient is None:
+            gradient = torch.zeros_like(held.weights)
+        held.gradient = None
+        output = adamw_step(held.weights, gradient, held.adam, params)
+        if held.adapter.flat is not held.weights:
+            held.adapter.flat.copy_(held.weights)
+        return output
+
+
+class _UnitWork:
+    """What one unit has computed so far."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        unit: TrainUnit,
+        slots: Mapping[int, Slot],
+        with_gradient: bool,
+    ) -> None:
+        self.model = model
+        self.unit = unit
+        self.slots = slots
+        self.with_gradient = with_gradient
+        self.gradients: dict[int, torch.Tensor] = {}
+        self._sinks: dict[int, GradientSink] = {}
+        self._losses = [0.0 for _ in unit.ops]
+        self._logprobs: list[list[Float32Array]] = [
+            [np.empty(0, np.float32)] * len(op.data) for op in unit.ops
+        ]
+
+    def outputs(self) -> list[TrainOutput]:
+        return [
+            TrainOutput(logprobs, {"loss:sum": loss})
+            for logprobs, loss in zip(self._logprobs, self._losses, strict=True)
+        ]
+
+    def micro_batch(self, batch: MicroBatch) -> None:
+        data = [datum for chunk in batch.chunks for datum in chunk.data(self.unit)]
+        lengths = [datum.num_tokens for datum in data]
+        tokens_T = torch.from_numpy(np.concatenate([datum.tokens for datum in data]))
+        positions_T = torch.cat([torch.arange(length) for length in lengths])
+        segments = self._segments(batch.chunks)
+        with torch.set_grad_enabled(self.with_gradient):
+            hidden_TH = self.model.hidden(
+                tokens_T.to(self.model.device),
+                positions_T.to(self.model.device),
+                segments,
+                PackedAttention(lengths, self.model.config.windows),
+                checkpointing=batch.oversized and self.with_gradient,
+            )
+        dhidden_TH = torch.zeros_like(hidden_TH) if self.with_gradient else None
+        has_gradient = False
+        for chunk, segment in zip(batch.chunks, segments, strict=True):
+            has_gradient |= self._head(chunk, segment, hidden_TH.detach(), dhidden_TH)
+        if has_gradient and hidden_TH.requires_grad:
+            torch.autograd.backward(hidden_TH, dhidden_TH)
+        for chunk in batch.chunks:
+            if chunk.last and self.with_gradient:
+                self._add_to_slot(chunk.op_index)
+
+    def _segments(self, chunks: Sequence[Chunk]) -> list[Segment]:
+        segments = []
+        start = 0
+        for chunk in chunks:
+            adapter = self.slots[self.unit.ops[chunk.op_index].slot].adapter
+            sink = self._sink(chunk.op_index, adapter) if self.with_gradient else None
+            segments.append(Segment(adapter, start, start + chunk.num_tokens, sink))
+            start += chunk.num_tokens
+        return segments
+
+    def _sink(self, op_index: int, adapter: Adapter) -> GradientSink:
+        if op_index not in self._sinks:
+            flat = torch.zeros(adapter.layout.num_params, device=self.model.device)
+            self._sinks[op_index] = GradientSink(adapter.layout, flat)
+        return self._sinks[op_index]
+
+    @torch.no_grad()
+    def _head(
+        self,
+        chunk: Chunk,
+        segment: Segment,
+        hidden_TH: torch.Tensor,
+        dhidden_TH: torch.Tensor | None,
+    ) -> bool:
+        """Losses and logprobs of a chunk; returns whether it has any gradient."""
+        op: TrainOp = self.unit.ops[chunk.op_index]
+        rows = slice(segment.start, segment.stop)
+        head = Head(
+            self.model,
+            segment,
+            LOSSES[op.loss],
+            op.loss_config,
+            hidden_TH[rows],
+            None if dhidden_TH is None else dhidden_TH[rows],
+        )
+        try:
+            result = head.run(chunk.data(self.unit))
+        except UserError as error:
+            raise UserError(str(error), chunk.op_index) from None
+        self._losses[chunk.op_index] += result.loss
+        for place, logprobs in zip(chunk.places, result.logprobs, strict=True):
+            self._logprobs[chunk.op_index][place] = logprobs
+        return result.has_gradient
+
+    def _add_to_slot(self, op_index: int) -> None:
+        """slot gradient + operation gradient, always in this order and never in place of the
+        slot's own buffer: the unit may yet fail."""
+        slot = self.unit.ops[op_index].slot
+        gradient = self._sinks.pop(op_index).flat
+        before = self.gradients.get(slot, self.slots[slot].gradient)
+        self.gradients[slot] = gradient if before is None else gradient.add_(before)
