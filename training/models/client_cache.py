@@ -15,18 +15,15 @@ from pathlib import Path
 
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from training.models.files import CONFIG_FILES, TOKENIZER_FILES
 from training.models.hub import HubRepo, published_repo
 from training.models.registry import find_snapshot
 
-OPTIONAL_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "special_tokens_map.json",
-    "processor_config.json",
-)
-"""What transformers asks for besides the files there are. Without an entry that says "absent", it
-retries each of them against the unreachable hub for half a minute (huggingface_hub 2.4)."""
+ABSENT_CANDIDATES = CONFIG_FILES | TOKENIZER_FILES | {"adapter_config.json"}
+"""What transformers may ask for. Those that are not there get an entry saying so: without it,
+huggingface_hub 2.4 asks the unreachable hub for each of them six times, in 23 s. (Two listings of
+the repository have no cache at all: an offline client that sets neither ``HF_ENDPOINT`` nor
+``HF_HUB_OFFLINE`` waits for them, 46 s in all, and then has its tokenizer.)"""
 
 
 class Seeding(StrEnum):
@@ -80,7 +77,6 @@ def _write_repository(repo: HubRepo, target: Path) -> None:
         link = snapshot / file.name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.relpath(blobs / file.etag, link.parent))
-    for name in OPTIONAL_FILES:
-        if name not in repo.by_name:
-            (absent / name).touch()
+    for name in ABSENT_CANDIDATES - repo.by_name.keys():
+        (absent / name).touch()
     (target / "refs" / "main").write_text(repo.commit)

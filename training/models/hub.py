@@ -11,13 +11,26 @@ from functools import cached_property
 from pathlib import Path
 
 from training.config import ModelConfig, TrainingConfig
-from training.core.errors import ConfigError
+from training.core.errors import ConfigError, NotFound
 from training.models.files import config_files, tokenizer_files, weight_files
 from training.models.registry import served_model_info
 
 LLAMA_3_PREFIX = "meta-llama/Llama-3"
 LLAMA_3_TOKENIZER = "thinkingmachineslabinc/meta-llama-3-instruct-tokenizer"
 """Where the SDK looks for the tokenizer of every Llama 3 model."""
+
+
+DEFAULT_REVISION = "main"
+
+
+class HubError(NotFound):
+    """``code`` is the hub's own word (``RepoNotFound``, ``RevisionNotFound``, ``EntryNotFound``);
+    ``commit`` is known for an entry only."""
+
+    def __init__(self, code: str, message: str, commit: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.commit = commit
 
 
 @dataclass(frozen=True)
@@ -48,10 +61,17 @@ class HubRepo:
     def by_name(self) -> dict[str, HubFile]:
         return {file.name: file for file in self.files}
 
+    def file(self, name: str) -> HubFile:
+        if (file := self.by_name.get(name)) is None:
+            raise HubError("EntryNotFound", f"{self.name} has no file {name}", self.commit)
+        return file
+
     def children(self, folder: str, recursive: bool) -> tuple[list[HubFile], list[str]]:
-        """Files and subfolders below ``folder`` ("" is the root), both in order."""
+        """Files and subfolders of ``folder`` ("" is the root), both in order."""
         prefix = f"{folder}/" if folder else ""
         inside = [file for file in self.files if file.name.startswith(prefix)]
+        if folder and not inside:
+            raise HubError("EntryNotFound", f"{self.name} has no folder {folder}", self.commit)
         parts = [file.name.removeprefix(prefix).split("/") for file in inside]
         folders = sorted({prefix + part[0] for part in parts if len(part) > 1})
         direct = [file for file, part in zip(inside, parts, strict=True) if len(part) == 1]
@@ -97,7 +117,16 @@ class HubMirror:
                 self._models.setdefault(LLAMA_3_TOKENIZER, model)
         self._repos: dict[str, HubRepo] = {}
 
-    def find(self, name: str) -> HubRepo | None:
+    def get(self, name: str, revision: str) -> HubRepo:
+        """``revision`` is ``main`` or the repository's commit. Raises ``HubError``."""
+        repo = self._find(name)
+        if repo is None:
+            raise HubError("RepoNotFound", f"{name} is not served here")
+        if revision not in (DEFAULT_REVISION, repo.commit):
+            raise HubError("RevisionNotFound", f"{name} has no revision {revision}")
+        return repo
+
+    def _find(self, name: str) -> HubRepo | None:
         """None for a model that is not served, or has no files (a fake, or not prepared yet)."""
         if repo := self._repos.get(name):
             return repo
