@@ -289,7 +289,7 @@ class SetTtlRequest(WireModel):
 
 class SearchOwner(WireModel):
     type: Literal["own", "accessible", "user"] = "own"
-    owner_urns: list[Text] = Field(default_factory=list, max_length=10)
+    owner_urns: list[Text] | None = Field(None, min_length=1, max_length=10)
 
 
 class SessionStatusQuery(WireModel):
