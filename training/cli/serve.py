@@ -1,0 +1,141 @@
+"""``tinkercloud serve``: prepares what is missing, then runs the server in this process."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+import uvicorn
+
+from training.cli.models import prepare_model, seed
+from training.cli.options import ConfigFile, Models, load_config
+from training.cli.output import err
+from training.config import DEVELOPMENT_KEY, TrainingConfig
+from training.core.errors import ConfigError
+from training.models.registry import resolve_model_path, served_model_info
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+KEEP_ALIVE_S = 75
+"""Longer than clients keep idle connections, so that the server is not the one to close them in
+the moment a request is sent."""
+SHUTDOWN_S = 30
+KEY_PREFIX = "tml-"
+
+
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks one.")
+    ] = None,
+    config_file: ConfigFile = None,
+    model: Models = None,
+    prepare: Annotated[
+        bool, typer.Option("--prepare/--no-prepare", help="Convert or download missing models.")
+    ] = True,
+) -> None:
+    """Start the server."""
+    config = load_config(config_file, host, port, model)
+    with listening_socket(config.server.host, config.server.port) as listener:
+        for served in config.served_models():
+            directory = prepare_model(served, config) if prepare else None
+            if served.backend == "local":
+                directory = directory or resolve_model_path(served, config)
+            if config.hub.seed_client_cache:
+                seed(served.name, directory)
+        from training.api import create_app
+
+        run(create_app(config), listener, lambda: banner(config, listener.getsockname()[1]))
+
+
+def run(app: FastAPI, listener: socket.socket, on_started: Callable[[], None]) -> None:
+    """Serves until SIGINT or SIGTERM, then finishes running requests and exits with 0."""
+    server = _Server(
+        uvicorn.Config(
+            app,
+            loop="uvloop",
+            http="httptools",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=SHUTDOWN_S,
+        ),
+        on_started,
+    )
+    # uvicorn raises the signal again after its shutdown; these turn that into a plain exit.
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, _exit)
+    server.run(sockets=[listener])
+    if not server.started:
+        raise typer.Exit(1)
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_started = on_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_started()
+
+
+def _exit(_signal_number: int, _frame: FrameType | None) -> None:
+    sys.exit(0)
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """Bound before anything slow happens, so that a taken port is told at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"port {port} is taken: stop the program that uses it, or choose another --port"
+            ) from None
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+    return listener
+
+
+def banner(config: TrainingConfig, port: int) -> None:
+    url = f"http://{_reachable(config.server.host)}:{port}"
+    keys = [key.get_secret_value() for key in config.auth.api_keys]
+    models = [served_model_info(model, config) for model in config.served_models()]
+    if not config.auth.enabled:
+        key, told = f"{KEY_PREFIX}anything", "not checked (authentication is off)"
+    elif DEVELOPMENT_KEY in keys:
+        key = told = KEY_PREFIX + DEVELOPMENT_KEY
+        told += " (for development: set TINKER_API_KEY before others can reach this)"
+    else:
+        key, told = "...", f"{len(keys)} configured"
+    err.print()
+    err.print(f"  [bold green]tinkercloud[/] is serving on [bold]{url}[/]")
+    err.print(f"  key     {told}")
+    for model in models:
+        err.print(f"  model   {model.name} [dim]({model.context_length:,} tokens of context)[/]")
+    err.print("\n  In the shell of your training script:\n")
+    err.print(f"    export TINKER_BASE_URL={url}")
+    err.print(f"    export TINKER_API_KEY={key}")
+    err.print(f"\n  [dim]Without internet there, also: export HF_ENDPOINT={url}/hf[/]")
+    err.print("  [dim]Ctrl-C stops the server; nothing acknowledged is lost.[/]\n")
+
+
+def _reachable(host: str) -> str:
+    """An address to connect to: listening on "all addresses" is not one."""
+    if host in ("0.0.0.0", "::", ""):
+        return "localhost"
+    return f"[{host}]" if ":" in host else host
