@@ -213,7 +213,8 @@ async def test_clone_numbers_and_inflight_weights(database: Database) -> None:
         await database.write(sampling_sessions.insert, sampler)
     assert await database.write(sampling_sessions.add_clone, "x0") == 1
     assert await database.write(sampling_sessions.add_clone, "x0") == 2
-    assert await database.write(sampling_sessions.move_inflight, "m", "w") == ["x1"]
+    assert await database.write(sampling_sessions.move_inflight, "m", "v") == []
+    assert await database.write(sampling_sessions.move_inflight, "m", "w") == ["v"]
     moved = await database.read(sampling_sessions.get, "x1")
     assert moved is not None
     assert moved.snapshot_id == "w"

@@ -6,9 +6,10 @@ from dataclasses import asdict
 
 import sqlalchemy as sa
 
-from training.core.records import SamplerKind, SamplingSession
+from training.core.records import SamplerKind, SamplingSession, SessionStatus
 from training.storage.repositories.rows import Row, every, first, insert_new
 from training.storage.tables import sampling_sessions as table
+from training.storage.tables import sessions
 
 
 def insert(connection: sa.Connection, session: SamplingSession) -> bool:
@@ -27,10 +28,31 @@ def of_session(connection: sa.Connection, session_id: str) -> list[SamplingSessi
 
 
 def move_inflight(connection: sa.Connection, model_id: str, snapshot_id: str) -> list[str]:
-    """Points every inflight session of a model at its newest weights; returns their ids."""
+    """Points every inflight session of a model at its newest weights; returns the old ones."""
     where = (table.c.model_id == model_id, table.c.kind == SamplerKind.INFLIGHT)
+    old = set(connection.execute(sa.select(table.c.snapshot_id).where(*where)).scalars())
     connection.execute(sa.update(table).where(*where).values(snapshot_id=snapshot_id))
-    return list(connection.execute(sa.select(table.c.sampling_session_id).where(*where)).scalars())
+    return sorted(snapshot for snapshot in old if snapshot is not None)
+
+
+def ephemeral_snapshots(connection: sa.Connection, session_id: str) -> list[str]:
+    """Snapshots that exist only for this session's unnamed samplers."""
+    query = (
+        sa.select(table.c.snapshot_id)
+        .where(table.c.session_id == session_id, table.c.model_id.is_not(None))
+        .distinct()
+    )
+    return [snapshot for snapshot in connection.execute(query).scalars() if snapshot is not None]
+
+
+def live_snapshots(connection: sa.Connection) -> set[str]:
+    """Snapshots of every sampler whose session is still active."""
+    query = (
+        sa.select(table.c.snapshot_id)
+        .join(sessions, sessions.c.session_id == table.c.session_id)
+        .where(sessions.c.status == SessionStatus.ACTIVE, table.c.snapshot_id.is_not(None))
+    )
+    return set(connection.execute(query).scalars())
 
 
 def add_clone(connection: sa.Connection, sampling_session_id: str) -> int:

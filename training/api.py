@@ -1,0 +1,70 @@
+"""The HTTP application, assembled in one place. ``uvicorn training.api:app`` serves it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import structlog
+from fastapi import FastAPI
+
+from training import __version__
+from training.config import DEVELOPMENT_KEY, TrainingConfig
+from training.logs import configure_logging
+from training.models.hub import HubMirror
+from training.routers import control, futures, rest, sampling, training
+from training.routers.errors import install_error_handlers
+from training.routers.hub import hub_router
+from training.services.server import Server
+
+log = structlog.get_logger(__name__)
+
+
+def create_app(config: TrainingConfig | None = None) -> FastAPI:
+    """An application of its own server; ``config`` defaults to the environment's."""
+    config = config or TrainingConfig.from_env()
+    configure_logging(config.log_format)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        _warn_about_keys(config)
+        server = Server(config)
+        await server.start()
+        app.state.server = server
+        try:
+            yield
+        finally:
+            await server.close()
+
+    app = FastAPI(
+        title="tinkercloud",
+        version=__version__,
+        description="An open server for the Tinker training API.",
+        lifespan=lifespan,
+    )
+    install_error_handlers(app)
+    for router in (
+        control.open_router,
+        control.router,
+        training.router,
+        futures.router,
+        sampling.router,
+        rest.router,
+        hub_router(HubMirror(config)),
+    ):
+        app.include_router(router)
+    return app
+
+
+def _warn_about_keys(config: TrainingConfig) -> None:
+    if not config.auth.enabled:
+        log.warning("auth.disabled", advice="anyone who reaches this port can use the server")
+    elif any(key.get_secret_value() == DEVELOPMENT_KEY for key in config.auth.api_keys):
+        log.warning("auth.development_key", advice="set TINKER_API_KEY to a secret of your own")
+
+
+def __getattr__(name: str) -> FastAPI:
+    """``app`` is made when a server asks for it, so that importing this module reads no files."""
+    if name == "app":
+        return create_app()
+    raise AttributeError(name)

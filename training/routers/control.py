@@ -1,0 +1,103 @@
+"""Start-up handshake, sessions, heartbeats, telemetry, health."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from training.routers.common import API, BodyDep, OwnerDep, ServerDep, answer, json_body, parse
+from training.wire.requests import (
+    ClientConfigRequest,
+    CreateSessionRequest,
+    FinishSessionRequest,
+    SessionHeartbeatRequest,
+)
+from training.wire.responses import (
+    ClientConfig,
+    ClientDynamicConfig,
+    CreatedSession,
+    Healthz,
+    Heartbeat,
+    ServerCapabilities,
+    SupportedModel,
+    TelemetryAccepted,
+)
+
+router = APIRouter(prefix=API, tags=["control"])
+open_router = APIRouter(tags=["health"])
+
+
+@router.post("/client/config", openapi_extra=json_body(ClientConfigRequest))
+async def client_config(server: ServerDep, owner: OwnerDep) -> Response:
+    flags = server.config.client
+    return answer(
+        ClientConfig(
+            parallel_fwdbwd_chunks=flags.parallel_fwdbwd_chunks,
+            proto_compress_fwdbwd=flags.proto_compress_fwdbwd,
+            fwdbwd_max_chunk_len=flags.fwdbwd_max_chunk_len,
+            fwdbwd_max_chunk_bytes_count=flags.fwdbwd_max_chunk_bytes_count,
+            sample_use_retrieve_futures=flags.sample_use_retrieve_futures,
+            sample_join_sampling_session=flags.sample_join_sampling_session,
+        )
+    )
+
+
+@router.post("/client/dynamic_config", openapi_extra=json_body(ClientConfigRequest))
+async def client_dynamic_config(server: ServerDep, owner: OwnerDep) -> Response:
+    enabled = server.config.client.sample_cancel_enabled
+    return answer(ClientDynamicConfig(sample_cancel_enabled=enabled))
+
+
+@router.post("/create_session", openapi_extra=json_body(CreateSessionRequest))
+async def create_session(server: ServerDep, owner: OwnerDep, body: BodyDep) -> Response:
+    session = await server.sessions.create(owner, await parse(CreateSessionRequest, body))
+    return answer(CreatedSession(session_id=session.session_id))
+
+
+@router.post("/session_heartbeat", openapi_extra=json_body(SessionHeartbeatRequest))
+async def session_heartbeat(server: ServerDep, owner: OwnerDep, body: BodyDep) -> Response:
+    request = await parse(SessionHeartbeatRequest, body)
+    await server.sessions.heartbeat(owner, request.session_id)
+    return answer(Heartbeat())
+
+
+@router.post("/sessions/{session_id}/finish", openapi_extra=json_body(FinishSessionRequest))
+async def finish_session(
+    session_id: str, server: ServerDep, owner: OwnerDep, body: BodyDep
+) -> Response:
+    request = await parse(FinishSessionRequest, body)
+    await server.sessions.finish(owner, session_id, request.reason.type, request.detail)
+    return Response(status_code=204)
+
+
+@router.post("/telemetry")
+async def telemetry(owner: OwnerDep, body: BodyDep) -> Response:
+    """Accepted and dropped: the server keeps no client telemetry."""
+    return answer(TelemetryAccepted())
+
+
+@router.get("/get_server_capabilities")
+async def get_server_capabilities(server: ServerDep, owner: OwnerDep) -> Response:
+    supported = [
+        SupportedModel(
+            model_name=host.model.name, max_context_length=host.capabilities().context_length
+        )
+        for host in server.hosts.all()
+    ]
+    return answer(ServerCapabilities(supported_models=supported))
+
+
+@open_router.get(f"{API}/health")
+@open_router.get(f"{API}/healthz")
+async def health(server: ServerDep) -> Response:
+    """Open to all and light; 503 while an engine is down."""
+    alive = all(host.backend.health().alive for host in server.hosts.all())
+    if alive:
+        return answer(Healthz())
+    return Response(b'{"status":"engine_down"}', 503, media_type="application/json")
+
+
+@open_router.get("/metrics")
+async def metrics() -> Response:
+    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,57 @@
+"""Waiting for promises."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+
+from training.core.records import Future, FutureStatus
+from training.routers.common import API, BodyDep, OwnerDep, ServerDep, answer, json_body, parse
+from training.services.sampling import sample_scope
+from training.wire.requests import RetrieveFutureRequest, RetrieveFuturesRequest
+from training.wire.responses import (
+    Completions,
+    FutureFailed,
+    FutureFinished,
+    RequestFailed,
+    TryAgain,
+)
+
+router = APIRouter(prefix=API, tags=["futures"])
+
+
+@router.post("/retrieve_future", openapi_extra=json_body(RetrieveFutureRequest))
+async def retrieve_future(server: ServerDep, owner: OwnerDep, body: BodyDep) -> Response:
+    """The result's own bytes; 200 with ``error`` for a failure; 408 while there is neither."""
+    request = await parse(RetrieveFutureRequest, body)
+    timeout_s = server.config.server.long_poll_s
+    result = await server.promises.wait(request.request_id, owner, timeout_s)
+    if result is None:
+        return answer(TryAgain(request_id=request.request_id), status=408)
+    if result.status is FutureStatus.DONE:
+        return Response(result.body, media_type=result.content_type)
+    return answer(RequestFailed(error=result.error, category=result.category))
+
+
+@router.post("/retrieve_futures", openapi_extra=json_body(RetrieveFuturesRequest))
+async def retrieve_futures(server: ServerDep, owner: OwnerDep, body: BodyDep) -> Response:
+    """What has settled of one sampling client since its cursor; waits for the first."""
+    request = await parse(RetrieveFuturesRequest, body)
+    target = request.target
+    await server.sampling.get_session(owner, target.sampling_session_id)
+    limit_s = server.config.server.long_poll_s
+    timeout_s = limit_s if request.timeout is None else min(max(request.timeout, 0.0), limit_s)
+    settled = await server.promises.completions(
+        sample_scope(target.sampling_session_id),
+        target.cloned_sampler_id,
+        request.prev_cursor,
+        timeout_s,
+    )
+    cursor = max([request.prev_cursor, *(future.completion or 0 for future in settled)])
+    return answer(Completions(completions=[_completion(item) for item in settled], cursor=cursor))
+
+
+def _completion(future: Future) -> FutureFinished | FutureFailed:
+    if future.status is FutureStatus.DONE:
+        return FutureFinished(request_id=future.request_id)
+    return FutureFailed(request_id=future.request_id)

@@ -1,0 +1,263 @@
+"""Saving weights, and what can be asked about what was saved."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+import structlog
+
+from training.core import ids
+from training.core.errors import InvalidRequest, NotFound, RequestError
+from training.core.ids import CheckpointKind, TinkerPath, checked_name
+from training.core.operations import CallWork, RefusedWork, Work
+from training.core.records import (
+    Checkpoint,
+    FutureKind,
+    FutureResult,
+    Model,
+    SamplerKind,
+    SamplingSession,
+    utcnow,
+)
+from training.core.threads import in_thread
+from training.services.models import LoadedModel, ModelService
+from training.services.operations import OperationDesk
+from training.services.results import done_json
+from training.storage.database import Database
+from training.storage.files import CheckpointFiles
+from training.storage.repositories import checkpoints, sampling_sessions
+from training.wire.requests import SaveWeightsForSamplerRequest, SaveWeightsRequest
+from training.wire.responses import SavedWeights, SavedWeightsForSampler
+
+log = structlog.get_logger(__name__)
+
+MIN_TTL_S = 3600
+MAX_TTL_S = 10 * 365 * 24 * 3600
+_JSON = "application/json"
+
+
+class CheckpointService:
+    def __init__(
+        self,
+        database: Database,
+        files: CheckpointFiles,
+        models: ModelService,
+        desk: OperationDesk,
+    ) -> None:
+        self._database = database
+        self._files = files
+        self._models = models
+        self._desk = desk
+
+    # ----------------------------------------------------------------- saving
+
+    async def save_weights(self, owner: str, request: SaveWeightsRequest, payload: bytes) -> str:
+        """Weights and optimizer state under a name, for ``load_weights``."""
+        loaded = await self._models.get_loaded(owner, request.model_id)
+        incoming = self._desk.incoming(
+            FutureKind.SAVE_WEIGHTS, loaded.model, request.seq_id, payload, _JSON
+        )
+        name = request.path if request.path is not None else f"step-{incoming.seq}"
+        work = self._named(
+            loaded,
+            CheckpointKind.TRAINING,
+            name,
+            request.ttl_seconds,
+            dict(request.user_metadata or {}),
+            request.overwrite,
+        )
+        return await self._desk.accept(incoming, loaded.host, work)
+
+    async def save_for_sampler(
+        self, owner: str, request: SaveWeightsForSamplerRequest, payload: bytes
+    ) -> str:
+        """Named: a checkpoint with a path. Unnamed: an ephemeral one behind a sampling session."""
+        loaded = await self._models.get_loaded(owner, request.model_id)
+        incoming = self._desk.incoming(
+            FutureKind.SAVE_WEIGHTS_FOR_SAMPLER, loaded.model, request.seq_id, payload, _JSON
+        )
+        work: Work
+        if request.path is not None:
+            work = self._named(
+                loaded,
+                CheckpointKind.SAMPLER,
+                request.path,
+                request.ttl_seconds,
+                dict(request.user_metadata or {}),
+                overwrite=False,
+            )
+        elif request.sampling_session_seq_id is None:
+            work = RefusedWork(InvalidRequest("give either path or sampling_session_seq_id"))
+        else:
+            kind = SamplerKind(request.kind)
+            work = self._ephemeral(loaded, kind, request.sampling_session_seq_id)
+        return await self._desk.accept(incoming, loaded.host, work)
+
+    def _named(
+        self,
+        loaded: LoadedModel,
+        kind: CheckpointKind,
+        name: str,
+        ttl_seconds: int | None,
+        user_metadata: dict[str, Any],
+        overwrite: bool,
+    ) -> Work:
+        model, backend = loaded.model, loaded.host.backend
+        try:
+            path = TinkerPath(model.model_id, kind, checked_name(name))
+            lifetime = checked_ttl(ttl_seconds)
+        except RequestError as error:
+            return RefusedWork(error)
+        write = backend.save_state if kind is CheckpointKind.TRAINING else backend.export_adapter
+
+        async def run() -> FutureResult:
+            if not overwrite and await self._database.read(checkpoints.get, path) is not None:
+                raise InvalidRequest(_taken(path))
+            directory = uuid.uuid4().hex
+            size_bytes = await self._write(loaded, directory, write)
+            now = utcnow()
+            checkpoint = Checkpoint(
+                path=path,
+                owner=model.owner,
+                base_model=model.base_model,
+                lora=model.lora,
+                optimizer=model.optimizer,
+                directory=directory,
+                size_bytes=size_bytes,
+                created_at=now,
+                user_metadata=user_metadata,
+                expires_at=None if lifetime is None else now + lifetime,
+            )
+            await self._register(checkpoint, overwrite)
+            log.info("checkpoint.saved", path=str(path), size_bytes=size_bytes)
+            return done_json(_SAVED[kind](path=str(path)))
+
+        return CallWork(run)
+
+    async def _register(self, checkpoint: Checkpoint, overwrite: bool) -> None:
+        if overwrite:
+            replaced = await self._database.write(checkpoints.replace, checkpoint)
+            if replaced is not None:
+                await in_thread(self._files.delete, replaced)
+        elif not await self._database.write(checkpoints.insert, checkpoint):
+            await in_thread(self._files.delete, checkpoint.directory)
+            raise InvalidRequest(_taken(checkpoint.path))
+
+    def _ephemeral(self, loaded: LoadedModel, kind: SamplerKind, seq: int) -> Work:
+        model, host = loaded.model, loaded.host
+
+        async def run() -> FutureResult:
+            snapshot_id = uuid.uuid4().hex
+            await self._write(loaded, snapshot_id, host.backend.export_adapter)
+            await host.snapshots.ensure(snapshot_id)
+            session = SamplingSession(
+                sampling_session_id=ids.sampling_session_id(model.session_id, seq),
+                session_id=model.session_id,
+                owner=model.owner,
+                base_model=model.base_model,
+                kind=kind,
+                created_at=utcnow(),
+                model_id=model.model_id,
+                snapshot_id=snapshot_id,
+            )
+            unused = await self._database.write(_insert_sampler, session)
+            for old in unused:
+                await host.snapshots.retire(old)
+                await in_thread(self._files.delete, old)
+            return done_json(
+                SavedWeightsForSampler(sampling_session_id=session.sampling_session_id)
+            )
+
+        return CallWork(run)
+
+    async def _write(
+        self,
+        loaded: LoadedModel,
+        directory: str,
+        write: Callable[[int, Path], Awaitable[None]],
+    ) -> int:
+        staged = await in_thread(self._files.stage)
+        try:
+            await write(loaded.held_slot(), staged)
+        except BaseException:
+            await in_thread(self._files.discard, staged)
+            raise
+        return await in_thread(self._files.commit, staged, directory)
+
+    # ----------------------------------------------------------------- asking, deleting
+
+    async def readable(self, owner: str, path: TinkerPath) -> Checkpoint:
+        """One's own or a published checkpoint; raises ``NotFound``."""
+        checkpoint = await self._database.read(checkpoints.get, path)
+        if checkpoint is None or (checkpoint.owner != owner and not checkpoint.public):
+            raise NotFound(f"no such checkpoint: {path}")
+        return checkpoint
+
+    async def owned(self, owner: str, path: TinkerPath) -> Checkpoint:
+        checkpoint = await self._database.read(checkpoints.get, path)
+        if checkpoint is None or checkpoint.owner != owner:
+            raise NotFound(f"no such checkpoint: {path}")
+        return checkpoint
+
+    async def of_run(self, owner: str, model_id: str) -> list[Checkpoint]:
+        model: Model = await self._models.get(owner, model_id)
+        return await self._database.read(checkpoints.of_run, model.model_id)
+
+    async def latest_of_run(self, model_id: str) -> Mapping[CheckpointKind, Checkpoint]:
+        return await self._database.read(checkpoints.latest_of_run, model_id)
+
+    async def page(self, owner: str, limit: int, offset: int) -> tuple[list[Checkpoint], int]:
+        found = await self._database.read(checkpoints.page, owner, limit, offset)
+        return found, await self._database.read(checkpoints.num_owned, owner)
+
+    async def delete(self, owner: str, path: TinkerPath) -> None:
+        checkpoint = await self.owned(owner, path)
+        await self._database.write(checkpoints.delete, path)
+        await in_thread(self._files.delete, checkpoint.directory)
+        log.info("checkpoint.deleted", path=str(path))
+
+    async def set_ttl(self, owner: str, path: TinkerPath, ttl_seconds: int | None) -> None:
+        await self.owned(owner, path)
+        lifetime = checked_ttl(ttl_seconds)
+        expires_at = None if lifetime is None else utcnow() + lifetime
+        await self._database.write(checkpoints.set_expiry, path, expires_at)
+
+
+def checked_ttl(ttl_seconds: int | None) -> timedelta | None:
+    """None means for ever; raises ``InvalidRequest``."""
+    if ttl_seconds is None:
+        return None
+    if not MIN_TTL_S <= ttl_seconds <= MAX_TTL_S:
+        raise InvalidRequest(
+            f"ttl_seconds must be {MIN_TTL_S} to {MAX_TTL_S} (or absent), not {ttl_seconds}"
+        )
+    return timedelta(seconds=ttl_seconds)
+
+
+def _insert_sampler(connection: sa.Connection, session: SamplingSession) -> list[str]:
+    """Stores the session; an inflight one moves its model's earlier ones to its weights.
+
+    Returns the snapshots that no session uses any longer.
+    """
+    unused: list[str] = []
+    if session.kind is SamplerKind.INFLIGHT:
+        assert session.model_id is not None
+        assert session.snapshot_id is not None
+        unused = sampling_sessions.move_inflight(connection, session.model_id, session.snapshot_id)
+    sampling_sessions.insert(connection, session)
+    return unused
+
+
+def _taken(path: TinkerPath) -> str:
+    return f"{path} exists already; save under another name or with overwrite=True"
+
+
+_SAVED: Mapping[CheckpointKind, type[SavedWeights | SavedWeightsForSampler]] = {
+    CheckpointKind.TRAINING: SavedWeights,
+    CheckpointKind.SAMPLER: SavedWeightsForSampler,
+}

@@ -1,0 +1,121 @@
+"""What serves one base model: its backend, its task manager, its slots, its sampler snapshots."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+from training.backends.base import Backend, Capabilities
+from training.backends.registry import create_backend
+from training.config import ModelConfig, TrainingConfig
+from training.core.errors import InvalidRequest
+from training.core.slots import SlotPool
+from training.core.task_manager import Settle, TaskManager
+from training.services.results import encode_output
+from training.storage.files import CheckpointFiles
+
+
+class Snapshots:
+    """Which adapter directories the sampler has been told of."""
+
+    def __init__(self, backend: Backend, files: CheckpointFiles) -> None:
+        self._backend = backend
+        self._files = files
+        self._published: dict[str, asyncio.Future[None]] = {}
+
+    async def ensure(self, snapshot_id: str) -> None:
+        """Publishes once, however many requests ask at the same moment."""
+        publishing = self._published.get(snapshot_id)
+        if publishing is None:
+            publishing = asyncio.ensure_future(
+                self._backend.publish(snapshot_id, self._files.path(snapshot_id))
+            )
+            self._published[snapshot_id] = publishing
+        try:
+            await asyncio.shield(publishing)
+        except Exception:
+            self._published.pop(snapshot_id, None)
+            raise
+
+    async def retire(self, snapshot_id: str) -> None:
+        if self._published.pop(snapshot_id, None) is not None:
+            await self._backend.retire(snapshot_id)
+
+
+@dataclass(frozen=True, eq=False)
+class Host:
+    model: ModelConfig
+    backend: Backend
+    tasks: TaskManager
+    slots: SlotPool
+    snapshots: Snapshots
+
+    def capabilities(self) -> Capabilities:
+        return self.backend.capabilities()
+
+
+class Hosts:
+    """Every served base model by name."""
+
+    def __init__(self, hosts: Mapping[str, Host]) -> None:
+        self._hosts = hosts
+
+    def names(self) -> list[str]:
+        return list(self._hosts)
+
+    def all(self) -> list[Host]:
+        return list(self._hosts.values())
+
+    def get(self, base_model: str) -> Host:
+        """Raises ``InvalidRequest`` with the names that would do."""
+        host = self._hosts.get(base_model)
+        if host is None:
+            served = ", ".join(self._hosts)
+            raise InvalidRequest(f"base model {base_model[:200]!r} is not served; served: {served}")
+        return host
+
+    async def close(self) -> None:
+        for host in self.all():
+            await host.tasks.close()
+            await host.backend.close()
+
+
+async def start_hosts(
+    config: TrainingConfig,
+    files: CheckpointFiles,
+    settle: Settle,
+    on_backend_dead: Callable[[str, str], Awaitable[None]],
+) -> Hosts:
+    """Starts every engine at once. ``on_backend_dead`` gets the base model's name and a reason."""
+    models = config.served_models()
+    backends = [create_backend(model, config) for model in models]
+    try:
+        await asyncio.gather(*(backend.start() for backend in backends))
+    except BaseException:
+        await asyncio.gather(*(backend.close() for backend in backends), return_exceptions=True)
+        raise
+    hosts: dict[str, Host] = {}
+    for model, backend in zip(models, backends, strict=True):
+        tasks = TaskManager(
+            backend,
+            settle,
+            encode_output,
+            _naming(on_backend_dead, model.name),
+            config.scheduler.unit_tokens,
+            config.scheduler.gap_timeout_s,
+            config.scheduler.max_pending_per_model,
+        )
+        await tasks.start()
+        slots = SlotPool(backend.capabilities().max_slots)
+        hosts[model.name] = Host(model, backend, tasks, slots, Snapshots(backend, files))
+    return Hosts(hosts)
+
+
+def _naming(
+    callback: Callable[[str, str], Awaitable[None]], name: str
+) -> Callable[[str], Awaitable[None]]:
+    async def with_name(reason: str) -> None:
+        await callback(name, reason)
+
+    return with_name

@@ -1,0 +1,91 @@
+"""The desk where operations of models are taken in: stored first, then queued."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from training.core import ids
+from training.core.errors import InvalidRequest, TinkercloudError
+from training.core.operations import Operation, Work
+from training.core.records import FutureKind, Model, NewFuture
+from training.services.hosts import Host
+from training.services.promises import Promises
+
+
+@dataclass(frozen=True, eq=False)
+class Incoming:
+    """An operation as it came; ``payload`` is what a replay would need."""
+
+    kind: FutureKind
+    owner: str
+    session_id: str
+    model_id: str
+    seq: int
+    payload: bytes
+    content_type: str
+
+    def future(self) -> NewFuture:
+        return NewFuture(
+            request_id=ids.new_request_id(),
+            kind=self.kind,
+            scope=f"model:{self.model_id}",
+            seq=self.seq,
+            owner=self.owner,
+            session_id=self.session_id,
+            model_id=self.model_id,
+            payload=self.payload,
+            content_type=self.content_type,
+        )
+
+
+class OperationDesk:
+    def __init__(self, promises: Promises) -> None:
+        self._promises = promises
+
+    def incoming(
+        self, kind: FutureKind, model: Model, seq: int | None, payload: bytes, content_type: str
+    ) -> Incoming:
+        """``seq`` counts from 1; 0 was the model's creation."""
+        if seq is None or seq < 1:
+            raise InvalidRequest(f"seq_id must be 1 or more, not {seq}")
+        return Incoming(
+            kind, model.owner, model.session_id, model.model_id, seq, payload, content_type
+        )
+
+    async def accept(
+        self,
+        incoming: Incoming,
+        host: Host,
+        work: Work,
+        also: Callable[[sa.Connection], None] | None = None,
+        opened: Callable[[], None] | None = None,
+    ) -> str:
+        """Commits the promise, then queues the work; a repetition does neither.
+
+        ``opened`` runs between the two, for an operation that makes its own queue.
+        """
+        host.tasks.check_room(incoming.model_id)
+        arrived_s = time.monotonic()
+        stored = await self._promises.accept(incoming.future(), also)
+        if stored.is_new:
+            if opened is not None:
+                opened()
+            host.tasks.submit(
+                Operation(
+                    stored.request_id,
+                    incoming.model_id,
+                    incoming.seq,
+                    incoming.kind,
+                    work,
+                    arrived_s,
+                )
+            )
+        return stored.request_id
+
+    async def refuse(self, incoming: Incoming, error: TinkercloudError) -> str:
+        """Accepts what belongs to no queue and fails at once."""
+        return (await self._promises.refuse(incoming.future(), error)).request_id

@@ -1,0 +1,153 @@
+"""Accepting, settling and awaiting futures: durable first, then fast.
+
+A promise is answered only after its row and payload are committed; a result is handed out only
+after it is committed. Waiting costs an entry in a dict, no database connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import sqlalchemy as sa
+
+from training.core.errors import NotFound, TinkercloudError
+from training.core.records import Future, FutureResult, FutureStatus, NewFuture, utcnow
+from training.core.task_manager import failed
+from training.storage.database import Database
+from training.storage.repositories import futures
+
+_CACHE_BYTES = 64 * 2**20
+CLONE_SEQS = 1_000_000_000
+"""A cloned sampling client numbers its requests from clone_id times this."""
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A promise this process knows of; ``result`` once it is settled."""
+
+    owner: str
+    scope: str
+    result: FutureResult | None = None
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Promises:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._pending: dict[str, _Entry] = {}
+        self._recent: OrderedDict[str, _Entry] = OrderedDict()
+        self._recent_bytes = 0
+        self._scope_watchers: dict[str, set[asyncio.Event]] = {}
+
+    async def accept(
+        self, new: NewFuture, also: Callable[[sa.Connection], None] | None = None
+    ) -> futures.Stored:
+        """Commits the promise, and what ``also`` writes, in one transaction.
+
+        A repeated (scope, seq) changes nothing and gets the promise of the first.
+        """
+
+        def store(connection: sa.Connection) -> futures.Stored:
+            stored = futures.insert(connection, new, utcnow())
+            if stored.is_new and also is not None:
+                also(connection)
+            return stored
+
+        self._pending[new.request_id] = _Entry(new.owner, new.scope)
+        try:
+            stored = await self._database.write(store)
+        except BaseException:
+            del self._pending[new.request_id]
+            raise
+        if not stored.is_new:
+            del self._pending[new.request_id]
+        return stored
+
+    async def refuse(self, new: NewFuture, error: TinkercloudError) -> futures.Stored:
+        """Accepts a promise that is already known to fail."""
+        stored = await self.accept(new)
+        if stored.is_new:
+            await self.settle(new.request_id, failed(error))
+        return stored
+
+    def adopt(self, future: Future) -> None:
+        """Takes over a promise that an earlier process accepted."""
+        self._pending[future.request_id] = _Entry(future.owner, future.scope)
+
+    async def settle(self, request_id: str, result: FutureResult) -> None:
+        """Commits the outcome and wakes whoever waits; a promise settles once."""
+        completion = await self._database.write(futures.finish, request_id, result, utcnow())
+        entry = self._pending.pop(request_id, None)
+        if completion is None or entry is None:
+            return
+        entry.result = result
+        entry.settled.set()
+        self._remember(request_id, entry)
+        for watcher in self._scope_watchers.get(entry.scope, ()):
+            watcher.set()
+
+    async def wait(self, request_id: str, owner: str, timeout_s: float) -> FutureResult | None:
+        """The outcome, or None if it is not there within ``timeout_s``.
+
+        Raises ``NotFound`` for ids never given out and for those of other owners.
+        """
+        entry = self._pending.get(request_id) or self._recent.get(request_id)
+        if entry is None:
+            return await self._stored_result(request_id, owner)
+        if entry.owner != owner:
+            raise NotFound(f"no such request: {request_id}")
+        if entry.result is None:
+            try:
+                await asyncio.wait_for(entry.settled.wait(), timeout_s)
+            except TimeoutError:
+                return None
+        return entry.result
+
+    async def completions(
+        self, scope: str, clone: int, after: int, timeout_s: float, limit: int = 1000
+    ) -> list[Future]:
+        """Settled promises of one sampling client since cursor ``after``; waits for the first."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        watcher = asyncio.Event()
+        self._scope_watchers.setdefault(scope, set()).add(watcher)
+        low = clone * CLONE_SEQS
+        try:
+            while True:
+                watcher.clear()
+                found = await self._database.read(
+                    futures.completions, scope, after, low, low + CLONE_SEQS, limit
+                )
+                remaining = deadline - asyncio.get_running_loop().time()
+                if found or remaining <= 0:
+                    return found
+                try:
+                    await asyncio.wait_for(watcher.wait(), remaining)
+                except TimeoutError:
+                    return []
+        finally:
+            watchers = self._scope_watchers[scope]
+            watchers.discard(watcher)
+            if not watchers:
+                del self._scope_watchers[scope]
+
+    def num_pending(self) -> int:
+        return len(self._pending)
+
+    async def _stored_result(self, request_id: str, owner: str) -> FutureResult | None:
+        future = await self._database.read(futures.get, request_id)
+        if future is None or future.owner != owner:
+            raise NotFound(f"no such request: {request_id}")
+        result = await self._database.read(futures.result, request_id)
+        return None if result is None or result.status is FutureStatus.PENDING else result
+
+    def _remember(self, request_id: str, entry: _Entry) -> None:
+        assert entry.result is not None
+        self._recent[request_id] = entry
+        self._recent_bytes += len(entry.result.body)
+        while self._recent_bytes > _CACHE_BYTES and len(self._recent) > 1:
+            _, oldest = self._recent.popitem(last=False)
+            assert oldest.result is not None
+            self._recent_bytes -= len(oldest.result.body)

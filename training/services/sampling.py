@@ -1,0 +1,244 @@
+"""Sampling sessions and sampling requests."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+
+import structlog
+
+from training.backends.base import SampleRequest, SampleResult
+from training.config import SchedulerConfig
+from training.core import ids, metrics
+from training.core.errors import (
+    BackendDead,
+    BackendError,
+    Busy,
+    InvalidRequest,
+    NotFound,
+    TinkercloudError,
+)
+from training.core.ids import CheckpointKind, TinkerPath
+from training.core.records import (
+    FutureKind,
+    FutureResult,
+    FutureStatus,
+    NewFuture,
+    SamplerKind,
+    SamplingSession,
+    utcnow,
+)
+from training.core.sampling_data import target_layout, to_sample_request
+from training.core.task_manager import failed
+from training.core.threads import in_thread
+from training.services.checkpoints import CheckpointService
+from training.services.hosts import Host, Hosts
+from training.services.promises import Promises
+from training.services.results import done_protobuf
+from training.services.sessions import SessionService
+from training.storage.database import Database
+from training.storage.files import CheckpointFiles
+from training.storage.repositories import futures, sampling_sessions
+from training.wire.json_base import parse_json
+from training.wire.protobuf import encode_sample_response
+from training.wire.requests import CreateSamplingSessionRequest, SampleJsonRequest
+
+log = structlog.get_logger(__name__)
+
+_MAX_ATTEMPTS = 3
+"""An engine that dies with a request running gets it twice more; then the request is the cause."""
+
+
+class SamplingService:
+    def __init__(
+        self,
+        database: Database,
+        files: CheckpointFiles,
+        hosts: Hosts,
+        sessions: SessionService,
+        checkpoints: CheckpointService,
+        promises: Promises,
+        config: SchedulerConfig,
+    ) -> None:
+        self._database = database
+        self._files = files
+        self._hosts = hosts
+        self._sessions = sessions
+        self._checkpoints = checkpoints
+        self._promises = promises
+        self._config = config
+        self._running: dict[str, asyncio.Task[None]] = {}
+
+    async def close(self) -> None:
+        """Requests still running stay pending in the database and run again after a restart."""
+        running = list(self._running.values())
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+    # ----------------------------------------------------------------- sampling sessions
+
+    async def create_session(
+        self, owner: str, request: CreateSamplingSessionRequest
+    ) -> SamplingSession:
+        """On a base model, or on weights of either kind. Repeating it gives the same session."""
+        session = await self._sessions.get_active(owner, request.session_id)
+        base_model, path, snapshot_id = request.base_model, None, None
+        if request.model_path is not None:
+            path = TinkerPath.parse(request.model_path)
+            if path.kind is CheckpointKind.EXTERNAL:
+                raise InvalidRequest(f"{path} is an export; sample from weights or sampler_weights")
+            checkpoint = await self._checkpoints.readable(owner, path)
+            if base_model not in (None, checkpoint.base_model):
+                raise InvalidRequest(f"{path} belongs to {checkpoint.base_model}, not {base_model}")
+            base_model = checkpoint.base_model
+            snapshot_id = checkpoint.directory
+            # Read once in full: damaged weights are refused here, not sampled from.
+            await in_thread(self._files.verify, snapshot_id)
+        if base_model is None:
+            raise InvalidRequest("give base_model or model_path")
+        self._hosts.get(base_model)
+        sampler = SamplingSession(
+            sampling_session_id=ids.sampling_session_id(
+                session.session_id, request.sampling_session_seq_id
+            ),
+            session_id=session.session_id,
+            owner=owner,
+            base_model=base_model,
+            kind=SamplerKind.SNAPSHOT,
+            created_at=utcnow(),
+            model_path=None if path is None else str(path),
+            snapshot_id=snapshot_id,
+        )
+        await self._database.write(sampling_sessions.insert, sampler)
+        return sampler
+
+    async def get_session(self, owner: str, sampling_session_id: str) -> SamplingSession:
+        """Raises ``NotFound`` for other people's, too."""
+        session = await self._database.read(sampling_sessions.get, sampling_session_id)
+        if session is None or session.owner != owner:
+            raise NotFound(f"no such sampling session: {sampling_session_id[:250]}")
+        return session
+
+    async def join(self, owner: str, sampling_session_id: str) -> int:
+        """A number of its own for one more client process of a sampling session."""
+        await self.get_session(owner, sampling_session_id)
+        return await self._database.write(sampling_sessions.add_clone, sampling_session_id)
+
+    async def of_session(self, session_id: str) -> list[SamplingSession]:
+        return await self._database.read(sampling_sessions.of_session, session_id)
+
+    async def release_session(self, session_id: str) -> None:
+        """Frees the weights that only this session's unnamed samplers used."""
+        for snapshot_id in await self._database.read(
+            sampling_sessions.ephemeral_snapshots, session_id
+        ):
+            for host in self._hosts.all():
+                await host.snapshots.retire(snapshot_id)
+            await in_thread(self._files.delete, snapshot_id)
+
+    # ----------------------------------------------------------------- requests
+
+    async def sample(
+        self, owner: str, request: SampleJsonRequest, payload: bytes
+    ) -> tuple[str, tuple[str, ...]]:
+        """Accepts a request; returns its id and the ids of its sequences to come."""
+        if request.sampling_session_id is None:
+            raise InvalidRequest("sampling_session_id is missing")
+        if len(self._running) >= self._config.max_pending_samples:
+            raise Busy(f"{len(self._running)} sampling requests are waiting", retry_after_s=1.0)
+        session = await self.get_session(owner, request.sampling_session_id)
+        await self._sessions.get_active(owner, session.session_id)
+        new = NewFuture(
+            request_id=ids.new_request_id(),
+            kind=FutureKind.SAMPLE,
+            scope=sample_scope(session.sampling_session_id),
+            seq=request.seq_id,
+            owner=owner,
+            session_id=session.session_id,
+            model_id=session.model_id,
+            payload=payload,
+            content_type="application/json",
+        )
+        stored = await self._promises.accept(new)
+        if stored.is_new:
+            self._start(stored.request_id, session, request)
+        # One id per sequence asked for; a request with a bad number fails before it has any.
+        return stored.request_id, ids.sequence_ids(
+            stored.request_id, min(max(request.num_samples, 0), 1024)
+        )
+
+    async def resume(self, stored: futures.Payload) -> None:
+        """Runs a request again that an earlier process had accepted."""
+        sampling_session_id = stored.future.scope.removeprefix(sample_scope(""))
+        session = await self.get_session(stored.future.owner, sampling_session_id)
+        request = parse_json(SampleJsonRequest, stored.body)
+        self._start(stored.future.request_id, session, request)
+
+    async def cancel(self, owner: str, request_id: str) -> None:
+        """Ends a pending request of the caller's; anything else is none of its business."""
+        future = await self._database.read(futures.get, request_id)
+        task = self._running.get(request_id)
+        if future is None or future.owner != owner or task is None:
+            return
+        session = await self.get_session(owner, future.scope.removeprefix(sample_scope("")))
+        cancelled = FutureResult(FutureStatus.CANCELLED, error="cancelled by the client")
+        await self._promises.settle(request_id, cancelled)
+        await self._hosts.get(session.base_model).backend.cancel(request_id)
+
+    def _start(self, request_id: str, session: SamplingSession, request: SampleJsonRequest) -> None:
+        task = asyncio.create_task(self._run(request_id, session, request))
+        self._running[request_id] = task
+        metrics.PENDING_SAMPLES.set(len(self._running))
+        task.add_done_callback(lambda _: self._finished(request_id))
+
+    def _finished(self, request_id: str) -> None:
+        self._running.pop(request_id, None)
+        metrics.PENDING_SAMPLES.set(len(self._running))
+
+    async def _run(
+        self, request_id: str, session: SamplingSession, request: SampleJsonRequest
+    ) -> None:
+        try:
+            result = await self._outcome(request_id, session, request)
+        except TinkercloudError as error:
+            result = failed(error)
+        except Exception as error:
+            # The border of the job: the client gets an answer whatever went wrong.
+            log.exception("sample.failed", request_id=request_id)
+            result = failed(BackendError(f"internal error ({type(error).__name__})"))
+        metrics.OPERATIONS.labels(FutureKind.SAMPLE.value, result.status.value).inc()
+        await self._promises.settle(request_id, result)
+
+    async def _outcome(
+        self, request_id: str, session: SamplingSession, request: SampleJsonRequest
+    ) -> FutureResult:
+        host = self._hosts.get(session.base_model)
+        capabilities = host.capabilities()
+        seed = seed_of(request_id)
+        sample = to_sample_request(request, request_id, session.snapshot_id, capabilities, seed)
+        result = await self._sample(host, sample)
+        metrics.PROMPT_TOKENS.inc(len(sample.prompt))
+        metrics.SAMPLED_TOKENS.inc(sum(len(sequence.tokens) for sequence in result.sequences))
+        return done_protobuf(encode_sample_response(result, target_layout(request)))
+
+    async def _sample(self, host: Host, request: SampleRequest) -> SampleResult:
+        for attempt in range(1, _MAX_ATTEMPTS + 1):
+            try:
+                if request.snapshot_id is not None:
+                    await host.snapshots.ensure(request.snapshot_id)
+                return await host.backend.sample(request)
+            except BackendDead as error:
+                log.warning("sample.engine_died", request_id=request.request_id, attempt=attempt)
+                if attempt == _MAX_ATTEMPTS:
+                    raise error
+        raise AssertionError("unreachable")
+
+
+def sample_scope(sampling_session_id: str) -> str:
+    return f"sample:{sampling_session_id}"
+
+
+def seed_of(request_id: str) -> int:
+    """The seed of a request that brought none: the same when it is run again."""
+    return int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:7], "big")

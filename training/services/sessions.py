@@ -1,0 +1,132 @@
+"""Sessions: opened, kept alive by heartbeats, ended by the client or by silence."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Any
+
+import structlog
+
+from training.config import SessionConfig
+from training.core import ids
+from training.core.errors import Gone, NotFound
+from training.core.records import Session, SessionStatus, utcnow
+from training.storage.database import Database
+from training.storage.repositories import sessions
+from training.wire.requests import CreateSessionRequest
+
+log = structlog.get_logger(__name__)
+
+_FLUSH_S = 10.0
+
+
+class SessionService:
+    """``on_end`` frees what the session held."""
+
+    def __init__(
+        self,
+        database: Database,
+        config: SessionConfig,
+        on_end: Callable[[str, str], Awaitable[None]],
+    ) -> None:
+        self._database = database
+        self._config = config
+        self._on_end = on_end
+        self._beats: dict[str, Any] = {}
+        self._active: dict[str, Session] = {}
+        self._reaper: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Clients could not beat while the server was down, so active sessions start afresh."""
+        active = await self._database.read(sessions.stale, utcnow() + timedelta(days=1))
+        if active:
+            await self._database.write(sessions.touch, {s.session_id: utcnow() for s in active})
+        self._reaper = asyncio.create_task(self._reap(), name="session-reaper")
+
+    async def close(self) -> None:
+        if self._reaper is not None:
+            self._reaper.cancel()
+            await asyncio.gather(self._reaper, return_exceptions=True)
+        await self._flush()
+
+    async def create(self, owner: str, request: CreateSessionRequest) -> Session:
+        now = utcnow()
+        session = Session(
+            session_id=ids.new_session_id(),
+            owner=owner,
+            status=SessionStatus.ACTIVE,
+            created_at=now,
+            last_heartbeat_at=now,
+            tags=tuple(sorted(request.tags)),
+            user_metadata=request.user_metadata or {},
+            sdk_version=request.sdk_version,
+            project_id=request.project_id,
+            display_name=request.display_name,
+        )
+        await self._database.write(sessions.insert, session)
+        self._active[session.session_id] = session
+        log.info("session.created", session_id=session.session_id, sdk=request.sdk_version)
+        return session
+
+    async def get(self, owner: str, session_id: str) -> Session:
+        """Raises ``NotFound`` for other people's sessions too."""
+        session = self._active.get(session_id) or await self._database.read(
+            sessions.get, session_id
+        )
+        if session is None or session.owner != owner:
+            raise NotFound(f"no such session: {session_id}")
+        return session
+
+    async def get_active(self, owner: str, session_id: str) -> Session:
+        """Raises ``Gone`` for a session that has ended."""
+        session = await self.get(owner, session_id)
+        if session.status is not SessionStatus.ACTIVE:
+            raise Gone(f"session {session_id} has ended ({session.finish_reason})")
+        self._active[session_id] = session
+        self._beats[session_id] = utcnow()
+        return session
+
+    async def heartbeat(self, owner: str, session_id: str) -> None:
+        await self.get_active(owner, session_id)
+
+    async def finish(self, owner: str, session_id: str, reason: str, detail: str | None) -> None:
+        """The first reason wins; finishing twice changes nothing."""
+        session = await self.get(owner, session_id)
+        if session.status is SessionStatus.ACTIVE:
+            await self._end(session_id, SessionStatus.FINISHED, reason, detail)
+
+    async def _end(
+        self, session_id: str, status: SessionStatus, reason: str, detail: str | None
+    ) -> None:
+        self._active.pop(session_id, None)
+        self._beats.pop(session_id, None)
+        ended = await self._database.write(
+            sessions.end, session_id, status, utcnow(), reason, detail
+        )
+        if ended:
+            log.info("session.ended", session_id=session_id, reason=reason)
+            await self._on_end(session_id, reason)
+
+    async def _reap(self) -> None:
+        while True:
+            await asyncio.sleep(min(_FLUSH_S, self._config.expiry_s / 4))
+            try:
+                await self._flush()
+                limit = utcnow() - timedelta(seconds=self._config.expiry_s)
+                for session in await self._database.read(sessions.stale, limit):
+                    await self._end(
+                        session.session_id,
+                        SessionStatus.EXPIRED,
+                        "expired",
+                        f"no heartbeat for {self._config.expiry_s:g} s",
+                    )
+            except Exception:
+                # The border of the job: a full disk now must not stop expiry for good.
+                log.exception("session.reaper_failed")
+
+    async def _flush(self) -> None:
+        beats, self._beats = self._beats, {}
+        if beats:
+            await self._database.write(sessions.touch, beats)
