@@ -79,6 +79,8 @@ class EngineConfig(_Section):
     kv_cache_tokens: int = Field(65536, gt=0)
     max_running_sequences: int = Field(64, gt=0)
     prefill_chunk_tokens: int = Field(1024, gt=0)
+    max_sampling_adapters: int = Field(64, gt=0)
+    """Published snapshots kept in memory; others are read again when a request needs them."""
     sampling_share: float = Field(0.5, gt=0, lt=1)
     """Share of engine time given to sampling while training wants to run too."""
     max_restarts: int = Field(5, ge=0)
