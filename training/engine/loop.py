@@ -24,7 +24,7 @@ from training.backends.base import (
     TrainOutput,
     TrainUnit,
 )
-from training.core.errors import StorageError, TinkercloudError, UnitError, UserError
+from training.core.errors import StorageError, TinkercloudError, UnitError
 
 _log = logging.getLogger(__name__)
 
@@ -63,8 +63,10 @@ class SamplerWork(Protocol):
 
     def submit(self, request: SampleRequest) -> None: ...
 
-    def cancel(self, request_id: str) -> None: ...
+    def cancel(self, request_id: str) -> None:
+        """The next ``step`` answers the request with ``UserError``; unknown ids pass."""
 
+    @property
     def has_work(self) -> bool: ...
 
     def step(self) -> list[tuple[str, SampleResult | Exception]]: ...
@@ -134,7 +136,7 @@ class EngineLoop:
             self._receive(wait=turn is Turn.WAIT)
             if self._stopped:
                 return
-            turn = self._time_share.plan(bool(self._training), self._sampler.has_work())
+            turn = self._time_share.plan(bool(self._training), self._sampler.has_work)
             started_at = self._clock()
             if turn is Turn.TRAIN:
                 self._train()
@@ -167,10 +169,8 @@ class EngineLoop:
                 case ipc.Retire(snapshot_id):
                     self._sampler.retire(snapshot_id)
                 case ipc.Cancel(request_id):
-                    self._cancel(request_id)
+                    self._sampler.cancel(request_id)
                 case ipc.Sample(request):
-                    if request.request_id in self._samples:
-                        raise UserError(f"request {request.request_id} is already running")
                     self._sampler.submit(request)
                     self._samples[request.request_id] = call_id
                     return
@@ -179,19 +179,11 @@ class EngineLoop:
             return
         self._reply(ipc.Reply(call_id))
 
-    def _cancel(self, request_id: str) -> None:
-        call_id = self._samples.pop(request_id, None)
-        if call_id is not None:
-            self._sampler.cancel(request_id)
-            self._reply(ipc.Reply(call_id, error=UserError("the request was cancelled")))
-
     # ----------------------------------------------------------------- turns
 
     def _sample(self) -> None:
         for request_id, result in self._sampler.step():
-            call_id = self._samples.pop(request_id, None)
-            if call_id is None:
-                continue  # cancelled, and answered then
+            call_id = self._samples.pop(request_id)
             if isinstance(result, Exception):
                 shown = self._shown(result, ipc.Sample)
                 self._reply(ipc.Reply(call_id, error=shown))

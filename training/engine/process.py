@@ -7,7 +7,6 @@ process, so it may end at any moment.
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import logging
 import os
 import queue
@@ -20,7 +19,6 @@ from typing import NamedTuple
 import torch
 
 from training.backends import ipc
-from training.backends.base import Capabilities
 from training.config import EngineConfig
 from training.core.errors import ConfigError
 from training.engine.loop import EngineLoop
@@ -60,7 +58,7 @@ def main(fd: int, parent_pid: int) -> int:
         return 2
     inbox: queue.SimpleQueue[ipc.Call | None] = queue.SimpleQueue()
     threading.Thread(target=_read_all, args=(sock, inbox), name="reader", daemon=True).start()
-    ipc.send(sock, ipc.Ready(engine.capabilities))
+    ipc.send(sock, ipc.Ready(engine.trainer.capabilities()))
     loop = EngineLoop(
         engine.trainer,
         engine.sampler,
@@ -76,7 +74,6 @@ def main(fd: int, parent_pid: int) -> int:
 class Engine(NamedTuple):
     trainer: Trainer
     sampler: Sampler
-    capabilities: Capabilities
 
 
 def load(configure: ipc.Configure) -> Engine:
@@ -86,22 +83,19 @@ def load(configure: ipc.Configure) -> Engine:
         torch.set_num_threads(engine.num_threads)
     device, dtype = choose_device(engine), DTYPES[engine.dtype]
     model = Transformer.from_directory(configure.model_path, device, dtype)
-    trainer = Trainer(model, engine)
-    sampler = Sampler(model, engine, configure.model_path)
-    known = trainer.capabilities()
-    longest = known.context_length
+    longest = model.config.context_length
     if configure.context_length is not None and configure.context_length > longest:
         raise ConfigError(
             f"context_length {configure.context_length} of {configure.base_model} is over the "
             f"model's own {longest}"
         )
-    capabilities = dataclasses.replace(
-        known,
-        base_model=configure.base_model,
-        context_length=configure.context_length or longest,
-    )
+    trainer = Trainer(model, engine, configure.base_model, configure.context_length)
+    tokenizer_path = configure.model_path / "tokenizer.json"
+    if not tokenizer_path.is_file():
+        raise ConfigError(f"{configure.model_path} has no tokenizer.json")
+    sampler = Sampler(model, engine, tokenizer_path)
     _log.info("loaded %s on %s in %s", configure.base_model, device, engine.dtype)
-    return Engine(trainer, sampler, capabilities)
+    return Engine(trainer, sampler)
 
 
 def choose_device(engine: EngineConfig) -> torch.device:

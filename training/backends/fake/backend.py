@@ -20,7 +20,7 @@ from training.backends.base import (
 from training.backends.fake import sampler, trainer
 from training.backends.fake.model import LAYER_GROUPS, BaseWeights, HeadView
 from training.config import ModelConfig, TrainingConfig
-from training.core.errors import BackendDead, UserError
+from training.core.errors import BackendDead, UnitError, UserError
 from training.losses import LOSSES
 from training.models.registry import served_model_info
 
@@ -109,8 +109,8 @@ class FakeBackend:
         async with self._training:
             await self._turn()
             limits = self._capabilities
-            if not 0 <= slot < limits.max_slots:
-                raise UserError(f"slot {slot} is outside 0 to {limits.max_slots - 1}")
+            if slot not in self._slots and len(self._slots) >= limits.max_slots:
+                raise UnitError(f"all {limits.max_slots} adapter slots are in use")
             if not 1 <= spec.rank <= limits.max_lora_rank:
                 raise UserError(f"rank {spec.rank} is outside 1 to {limits.max_lora_rank}")
             self._slots[slot] = (
@@ -175,7 +175,7 @@ class FakeBackend:
         if slot in self._lost_slots:
             raise BackendDead(f"slot {slot} went with an engine that died; load it again")
         if slot not in self._slots:
-            raise UserError(f"slot {slot} is empty")
+            raise UnitError(f"slot {slot} holds no adapter")
         return self._slots[slot]
 
     async def _turn(self, delay_s: float | None = None) -> None:
@@ -206,7 +206,7 @@ class FakeBackend:
         self._running.add(request.request_id)
         try:
             await self._turn()
-            for result in sampler.run_request(view, request, self._text_of):
+            for result in sampler.run_request(view, request, limits.context_length, self._text_of):
                 if request.request_id in self._cancelled:
                     raise UserError("the request was cancelled")
                 if result is not None:

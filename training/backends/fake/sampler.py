@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -40,10 +41,9 @@ def check_request(request: SampleRequest, vocab_size: int, context_length: int) 
     prompt, targets = request.prompt, request.target_prompt_tokens
     if len(prompt) == 0:
         raise UserError("the prompt is empty")
-    if len(prompt) + request.max_tokens > context_length:
+    if len(prompt) > context_length:
         raise UserError(
-            f"prompt of {len(prompt)} tokens + max_tokens {request.max_tokens} is over the "
-            f"context length of {context_length}"
+            f"the prompt has {len(prompt)} tokens; the context length is {context_length}"
         )
     if not 0 <= int(prompt.min()) <= int(prompt.max()) < vocab_size:
         raise UserError(f"a prompt token is outside the vocabulary of {vocab_size}")
@@ -55,9 +55,14 @@ def check_request(request: SampleRequest, vocab_size: int, context_length: int) 
 
 
 def run_request(
-    view: HeadView, request: SampleRequest, text_of: Callable[[list[int]], str]
+    view: HeadView,
+    request: SampleRequest,
+    context_length: int,
+    text_of: Callable[[list[int]], str],
 ) -> Iterator[SampleResult | None]:
     """Yields None whenever others may run, the result last."""
+    room = max(context_length - len(request.prompt), 1)
+    request = dataclasses.replace(request, max_tokens=min(request.max_tokens, room))
     sequences = []
     for index in range(request.num_samples):
         sequence = None
@@ -163,21 +168,25 @@ def _stack(rows: list[TopK], k: int) -> TopK:
     )
 
 
+def _first_scored(request: SampleRequest) -> int:
+    """The first prompt position whose logprob is asked for; position 0 never has one."""
+    if request.prompt_logprobs_last_n is None:
+        return 1
+    return max(1, len(request.prompt) - request.prompt_logprobs_last_n)
+
+
 def _prompt_logprobs(view: HeadView, request: SampleRequest) -> Float32Array:
-    prompt = request.prompt
-    first = 1
-    if request.prompt_logprobs_last_n is not None:
-        first = max(1, len(prompt) - request.prompt_logprobs_last_n)
+    prompt, first = request.prompt, _first_scored(request)
     out = np.full(len(prompt), np.nan, np.float32)
     out[first:] = view.logprobs_of(prompt[first - 1 : -1], prompt[first:])
     return out
 
 
 def _topk_prompt(view: HeadView, request: SampleRequest) -> TopK:
-    k = request.topk_prompt_logprobs
+    k, first = request.topk_prompt_logprobs, _first_scored(request)
     nothing = TopK(np.zeros(k, np.int32), np.full(k, np.nan, np.float32))
-    rows = [_topk(view.logprobs(int(context)), k) for context in request.prompt[:-1]]
-    return _stack([nothing, *rows], k)
+    rows = [_topk(view.logprobs(int(context)), k) for context in request.prompt[first - 1 : -1]]
+    return _stack([nothing] * first + rows, k)
 
 
 def _prompt_alt(view: HeadView, request: SampleRequest) -> TopK:

@@ -1,0 +1,60 @@
+"""Backends under test: each is started once for a module and shared by its tests."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from tests.backends import tiny
+from tests.backends.harness import Harness
+from training.backends.registry import create_backend
+from training.config import EngineConfig, ModelConfig, TrainingConfig
+
+BACKENDS = ("fake", "local-float32", "local-bfloat16")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+def local_config(dtype: str = "float32", **engine: object) -> TrainingConfig:
+    """Small micro-batches and caches, so that several are needed even for little data."""
+    settings: dict[str, object] = {
+        "device": "cpu",
+        "dtype": dtype,
+        "num_threads": 1,
+        "max_slots": 8,
+        "max_lora_rank": 16,
+        "micro_batch_tokens": 64,
+        "kv_cache_tokens": 4096,
+        "max_running_sequences": 8,
+        "prefill_chunk_tokens": 32,
+    }
+    return TrainingConfig(engine=EngineConfig.model_validate(settings | engine))
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module", params=BACKENDS)
+async def harness(request: pytest.FixtureRequest, tiny_llama: Path) -> AsyncIterator[Harness]:
+    kind, _, dtype = str(request.param).partition("-")
+    if kind == "fake":
+        model, config = ModelConfig(name="tests/fake", backend="fake"), TrainingConfig()
+    else:
+        model = ModelConfig(name="tests/tiny-llama", path=tiny_llama)
+        config = local_config(dtype)
+    exact = kind == "fake" or dtype == "float32"
+    backend = create_backend(model, config)
+    await backend.start()
+    yield Harness(
+        name=str(request.param),
+        backend=backend,
+        text=lambda tokens: "".join(chr(t) if kind == "fake" else f"<{t}>" for t in tokens),
+        model_path=model.path,
+        company=0.0 if kind == "fake" else 1e-4 if exact else 5e-2,
+        sampler=0.0 if kind == "fake" else 1e-4 if exact else 1e-1,
+        gradient=1e-4 if exact else 5e-2,
+    )
+    await backend.close()
