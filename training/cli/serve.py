@@ -113,7 +113,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
 
 def banner(config: TrainingConfig, port: int) -> None:
     url = f"http://{_reachable(config.server.host)}:{port}"
-    keys = [key.get_secret_value() for key in config.auth.api_keys]
+    keys = [key.get_secret_value().removeprefix(KEY_PREFIX) for key in config.auth.api_keys]
     models = [served_model_info(model, config) for model in config.served_models()]
     if not config.auth.enabled:
         key, told = f"{KEY_PREFIX}anything", "not checked (authentication is off)"
