@@ -38,9 +38,7 @@ class StopStrings:
         searched = self._tail + text[len(before) :]
         if not is_whole:
             return self._found(searched.rstrip(REPLACEMENT))
-        self._tail = (
-            searched[len(searched) - self._num_kept_chars :] if self._num_kept_chars else ""
-        )
+        self._tail = searched[-self._num_kept_chars :] if self._num_kept_chars else ""
         self._context, self._pending = self._pending, []
         return self._found(searched)
 
