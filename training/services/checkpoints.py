@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import timedelta
@@ -25,7 +26,7 @@ from training.core.records import (
     utcnow,
 )
 from training.core.threads import in_thread
-from training.services.models import LoadedModel, ModelService
+from training.services.models import LoadedModel, ModelService, readable_checkpoint
 from training.services.operations import OperationDesk
 from training.services.results import done_json
 from training.storage.database import Database
@@ -39,6 +40,7 @@ log = structlog.get_logger(__name__)
 MIN_TTL_S = 3600
 MAX_TTL_S = 10 * 365 * 24 * 3600
 _JSON = "application/json"
+_REAP_S = 60.0
 
 
 class CheckpointService:
@@ -53,6 +55,25 @@ class CheckpointService:
         self._files = files
         self._models = models
         self._desk = desk
+        self._reaper: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self._reaper = asyncio.create_task(self._reap(), name="checkpoint-reaper")
+
+    async def close(self) -> None:
+        if self._reaper is not None:
+            self._reaper.cancel()
+            await asyncio.gather(self._reaper, return_exceptions=True)
+
+    async def _reap(self) -> None:
+        while True:
+            try:
+                for expired in await self._database.read(checkpoints.expired, utcnow()):
+                    await self._remove(expired)
+            except Exception:
+                # The border of the job: what cannot be deleted now is tried again.
+                log.exception("checkpoint.reaper_failed")
+            await asyncio.sleep(_REAP_S)
 
     # ----------------------------------------------------------------- saving
 
@@ -193,14 +214,11 @@ class CheckpointService:
 
     async def readable(self, owner: str, path: TinkerPath) -> Checkpoint:
         """One's own or a published checkpoint; raises ``NotFound``."""
-        checkpoint = await self._database.read(checkpoints.get, path)
-        if checkpoint is None or (checkpoint.owner != owner and not checkpoint.public):
-            raise NotFound(f"no such checkpoint: {path}")
-        return checkpoint
+        return await readable_checkpoint(self._database, owner, path)
 
     async def owned(self, owner: str, path: TinkerPath) -> Checkpoint:
-        checkpoint = await self._database.read(checkpoints.get, path)
-        if checkpoint is None or checkpoint.owner != owner:
+        checkpoint = await readable_checkpoint(self._database, owner, path)
+        if checkpoint.owner != owner:
             raise NotFound(f"no such checkpoint: {path}")
         return checkpoint
 
@@ -216,10 +234,12 @@ class CheckpointService:
         return found, await self._database.read(checkpoints.num_owned, owner)
 
     async def delete(self, owner: str, path: TinkerPath) -> None:
-        checkpoint = await self.owned(owner, path)
-        await self._database.write(checkpoints.delete, path)
+        await self._remove(await self.owned(owner, path))
+
+    async def _remove(self, checkpoint: Checkpoint) -> None:
+        await self._database.write(checkpoints.delete, checkpoint.path)
         await in_thread(self._files.delete, checkpoint.directory)
-        log.info("checkpoint.deleted", path=str(path))
+        log.info("checkpoint.deleted", path=str(checkpoint.path))
 
     async def set_ttl(self, owner: str, path: TinkerPath, ttl_seconds: int | None) -> None:
         await self.owned(owner, path)

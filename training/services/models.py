@@ -236,10 +236,7 @@ class ModelService:
                 f"{path} is a {parsed.kind} checkpoint; only the weights of save_state can be "
                 "loaded for training"
             )
-        checkpoint = await self._database.read(checkpoints.get, parsed)
-        if checkpoint is None or (checkpoint.owner != owner and not checkpoint.public):
-            raise NotFound(f"no such checkpoint: {path[:300]}")
-        return checkpoint
+        return await readable_checkpoint(self._database, owner, parsed)
 
     # ----------------------------------------------------------------- the end
 
@@ -275,6 +272,19 @@ class ModelService:
             await self._database.write(models.move, model_id, ModelStatus.LOST)
             log.error("model.lost", model_id=model_id, reason=reason)
         metrics.LOADED_MODELS.set(len(self._loaded))
+
+
+async def readable_checkpoint(database: Database, owner: str, path: TinkerPath) -> Checkpoint:
+    """One's own or a published checkpoint that has not expired; raises ``NotFound``."""
+    checkpoint = await database.read(checkpoints.get, path)
+    now = utcnow()
+    if (
+        checkpoint is None
+        or (checkpoint.expires_at or now) < now
+        or (checkpoint.owner != owner and not checkpoint.public)
+    ):
+        raise NotFound(f"no such checkpoint: {path}")
+    return checkpoint
 
 
 _LOST = (

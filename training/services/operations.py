@@ -11,9 +11,10 @@ import sqlalchemy as sa
 from training.core import ids
 from training.core.errors import InvalidRequest, TinkercloudError
 from training.core.operations import Operation, Work
-from training.core.records import FutureKind, Model, NewFuture
+from training.core.records import FutureKind, Model, NewFuture, utcnow
 from training.services.hosts import Host
 from training.services.promises import Promises
+from training.storage.repositories import models
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +71,13 @@ class OperationDesk:
         """
         host.tasks.check_room(incoming.model_id)
         arrived_s = time.monotonic()
-        stored = await self._promises.accept(incoming.future(), also)
+
+        def store(connection: sa.Connection) -> None:
+            if also is not None:
+                also(connection)
+            models.touch(connection, incoming.model_id, utcnow())
+
+        stored = await self._promises.accept(incoming.future(), store)
         if stored.is_new:
             if opened is not None:
                 opened()

@@ -12,14 +12,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import sqlalchemy as sa
+import structlog
 
-from training.core.errors import NotFound, TinkercloudError
+from training.core.errors import NotFound, StorageError, TinkercloudError
 from training.core.records import Future, FutureResult, FutureStatus, NewFuture, utcnow
 from training.core.task_manager import failed
 from training.storage.database import Database
 from training.storage.repositories import futures
 
+log = structlog.get_logger(__name__)
+
 _CACHE_BYTES = 64 * 2**20
+_MAX_RETRY_DELAY_S = 15.0
 CLONE_SEQS = 1_000_000_000
 """A cloned sampling client numbers its requests from clone_id times this."""
 
@@ -78,8 +82,11 @@ class Promises:
         self._pending[future.request_id] = _Entry(future.owner, future.scope)
 
     async def settle(self, request_id: str, result: FutureResult) -> None:
-        """Commits the outcome and wakes whoever waits; a promise settles once."""
-        completion = await self._database.write(futures.finish, request_id, result, utcnow())
+        """Commits the outcome and wakes whoever waits; a promise settles once.
+
+        A full disk delays the outcome and does not lose it: the commit is tried until it holds.
+        """
+        completion = await self._commit_outcome(request_id, result)
         entry = self._pending.pop(request_id, None)
         if completion is None or entry is None:
             return
@@ -136,6 +143,16 @@ class Promises:
     def num_pending(self) -> int:
         return len(self._pending)
 
+    async def _commit_outcome(self, request_id: str, result: FutureResult) -> int | None:
+        delay_s = 0.5
+        while True:
+            try:
+                return await self._database.write(futures.finish, request_id, result, utcnow())
+            except StorageError as error:
+                log.error("future.not_stored", request_id=request_id, error=str(error))
+                await asyncio.sleep(delay_s)
+                delay_s = min(delay_s * 2, _MAX_RETRY_DELAY_S)
+
     async def _stored_result(self, request_id: str, owner: str) -> FutureResult | None:
         future = await self._database.read(futures.get, request_id)
         if future is None or future.owner != owner:
@@ -144,10 +161,13 @@ class Promises:
         return None if result is None or result.status is FutureStatus.PENDING else result
 
     def _remember(self, request_id: str, entry: _Entry) -> None:
-        assert entry.result is not None
         self._recent[request_id] = entry
-        self._recent_bytes += len(entry.result.body)
+        self._recent_bytes += _cost_bytes(entry)
         while self._recent_bytes > _CACHE_BYTES and len(self._recent) > 1:
             _, oldest = self._recent.popitem(last=False)
-            assert oldest.result is not None
-            self._recent_bytes -= len(oldest.result.body)
+            self._recent_bytes -= _cost_bytes(oldest)
+
+
+def _cost_bytes(entry: _Entry) -> int:
+    """What a settled entry holds in memory, its bookkeeping included."""
+    return 1024 + (len(entry.result.body) if entry.result is not None else 0)

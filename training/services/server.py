@@ -73,10 +73,12 @@ class Server:
             self.config.scheduler,
         )
         await self.sessions.start()
+        await self.checkpoints.start()
         await self._recover()
         log.info("server.ready", models=self.hosts.names())
 
     async def close(self) -> None:
+        await self.checkpoints.close()
         await self.sessions.close()
         await self.sampling.close()
         await self.hosts.close()

@@ -1,0 +1,280 @@
+"""The loop over a real (fake-arithmetic) backend: order, isolation of failures, windows, death."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from tests.core.builders import datum, operation, optim_work, train_work
+from training.backends.base import LoraSpec, OptimOutput, TrainOp, TrainOutput, TrainUnit
+from training.backends.fake import FakeBackend
+from training.config import ModelConfig, TrainingConfig
+from training.core.errors import (
+    BackendDead,
+    BackendError,
+    Busy,
+    ErrorCategory,
+    Gone,
+    InvalidRequest,
+    UnitError,
+)
+from training.core.operations import CallWork, Operation, RefusedWork, TrainWork, Work
+from training.core.records import FutureKind, FutureResult, FutureStatus
+from training.core.task_manager import TaskManager
+
+
+class FlakyBackend(FakeBackend):
+    """Fails whole units that hold more than ``max_ops`` operations, as a full device would."""
+
+    max_ops = 1000
+    dead = False
+
+    async def forward_backward(self, unit: TrainUnit) -> list[TrainOutput]:
+        if self.dead:
+            raise BackendDead("the engine is gone")
+        if len(unit.ops) > self.max_ops:
+            raise UnitError("out of memory")
+        return await super().forward_backward(unit)
+
+
+@dataclass
+class Harness:
+    """A task manager with two models, "m" in slot 0 and "n" in slot 1."""
+
+    backend: FlakyBackend
+    tasks: TaskManager = field(init=False)
+    settled: dict[str, FutureResult] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
+    deaths: list[str] = field(default_factory=list)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def start(self, gap_timeout_s: float = 60.0, max_pending: int = 100) -> None:
+        await self.backend.start()
+        self.tasks = TaskManager(
+            self.backend, self.settle, encode, self.died, 1000, gap_timeout_s, max_pending
+        )
+        await self.tasks.start()
+        for slot, model_id in enumerate("mn"):
+            await self.backend.load_slot(
+                slot, LoraSpec(4, seed=slot, train_attn=False, train_mlp=False)
+            )
+            self.tasks.open_model(model_id, next_seq=1)
+
+    async def settle(self, request_id: str, result: FutureResult) -> None:
+        self.settled[request_id] = result
+        self.order.append(request_id)
+        self.changed.set()
+
+    async def died(self, reason: str) -> None:
+        self.deaths.append(reason)
+
+    def send(self, model_id: str, seq: int, kind: FutureKind, work: Work) -> None:
+        self.tasks.submit(operation(model_id, seq, kind, work, arrived_s=float(seq)))
+
+    def train(self, model_id: str, seq: int, work: Work | None = None) -> None:
+        slot = "mn".index(model_id)
+        chosen = work if work is not None else train_work(slot=slot)
+        self.send(model_id, seq, FutureKind.FORWARD_BACKWARD, chosen)
+
+    def step(self, model_id: str, seq: int) -> None:
+        self.send(model_id, seq, FutureKind.OPTIM_STEP, optim_work("mn".index(model_id)))
+
+    async def result(self, name: str) -> FutureResult:
+        while name not in self.settled:
+            self.changed.clear()
+            await self.changed.wait()
+        return self.settled[name]
+
+    async def loss(self, slot: int) -> float:
+        op = TrainOp(slot, "cross_entropy", {}, [datum()])
+        return (await self.backend.forward(TrainUnit([op])))[0].metrics["loss:sum"]
+
+
+def encode(output: TrainOutput | OptimOutput) -> FutureResult:
+    return FutureResult(FutureStatus.DONE, repr(dict(output.metrics)).encode())
+
+
+def not_finite(slot: int = 0) -> TrainWork:
+    """Finite inputs whose loss overflows, so that only the backend can notice."""
+    data = [datum(weight=3e38), datum(weight=3e38)]
+    return TrainWork(
+        lambda: slot,
+        "importance_sampling",
+        {},
+        [
+            type(item)(
+                item.tokens,
+                item.targets,
+                {
+                    "logprobs": item.inputs["weights"] * -1,
+                    "advantages": item.inputs["weights"],
+                },
+            )
+            for item in data
+        ],
+        8,
+    )
+
+
+@pytest.fixture
+async def harness() -> AsyncIterator[Harness]:
+    backend = FlakyBackend(ModelConfig(name="test/fake", backend="fake"), TrainingConfig())
+    harness = Harness(backend)
+    await harness.start()
+    yield harness
+    await harness.tasks.close()
+    await backend.close()
+
+
+async def test_operations_run_in_sequence_whatever_order_they_come_in(harness: Harness) -> None:
+    before = await harness.loss(0)
+    for seq in (3, 2, 4, 1):
+        harness.step("m", seq) if seq == 4 else harness.train("m", seq)
+    await harness.result("m/4")
+    assert sorted(harness.order) == ["m/1", "m/2", "m/3", "m/4"]
+    assert harness.order[-1] == "m/4"
+    assert await harness.loss(0) < before
+
+
+async def test_a_wrong_operation_fails_alone_and_its_window_with_it(harness: Harness) -> None:
+    before = await harness.loss(0)
+    harness.train("m", 1)
+    harness.train("m", 2, not_finite())
+    harness.train("n", 1)
+    harness.step("m", 3)
+    harness.step("n", 2)
+    harness.train("m", 4)
+    harness.step("m", 5)
+    for name in ("m/1", "n/1", "n/2", "m/4", "m/5"):
+        assert (await harness.result(name)).status is FutureStatus.DONE, name
+    failure = await harness.result("m/2")
+    assert (failure.status, failure.category) == (FutureStatus.FAILED, ErrorCategory.USER)
+    step = await harness.result("m/3")
+    assert step.status is FutureStatus.FAILED
+    assert "forward_backward 2" in step.error
+    assert await harness.loss(0) < before
+
+
+async def test_gradients_of_a_spoiled_window_never_reach_the_weights(harness: Harness) -> None:
+    before = await harness.loss(0)
+    harness.train("m", 1)
+    harness.train("m", 2, RefusedWork(InvalidRequest("empty data")))
+    harness.step("m", 3)
+    assert "empty data" in (await harness.result("m/3")).error
+    assert await harness.loss(0) == before
+    harness.step("m", 4)
+    assert (await harness.result("m/4")).body == b"{'grad_norm': 0.0}"
+
+
+async def test_a_refused_forward_spoils_nothing(harness: Harness) -> None:
+    harness.train("m", 1)
+    harness.send("m", 2, FutureKind.FORWARD, RefusedWork(InvalidRequest("no")))
+    harness.step("m", 3)
+    assert (await harness.result("m/2")).status is FutureStatus.FAILED
+    assert (await harness.result("m/3")).status is FutureStatus.DONE
+
+
+async def test_a_unit_too_large_is_run_one_by_one(harness: Harness) -> None:
+    harness.backend.max_ops = 1
+    for seq in (1, 2, 3):
+        harness.train("m", seq)
+        harness.train("n", seq)
+    harness.step("m", 4)
+    for name in ("m/1", "m/2", "m/3", "n/3", "m/4"):
+        assert (await harness.result(name)).status is FutureStatus.DONE
+
+
+async def test_a_unit_that_fails_alone_spoils_its_window(harness: Harness) -> None:
+    harness.backend.max_ops = 0
+    harness.train("m", 1)
+    harness.step("m", 2)
+    failure = await harness.result("m/1")
+    assert (failure.status, failure.category) == (FutureStatus.FAILED, ErrorCategory.SERVER)
+    assert "out of memory" in (await harness.result("m/2")).error
+
+
+async def test_a_missing_operation_is_given_up_and_named() -> None:
+    backend = FlakyBackend(ModelConfig(name="test/fake", backend="fake"), TrainingConfig())
+    harness = Harness(backend)
+    await harness.start(gap_timeout_s=0.05)
+    harness.train("m", 2)
+    harness.step("m", 3)
+    assert (await harness.result("m/2")).status is FutureStatus.DONE
+    assert "operation 1 never arrived" in (await harness.result("m/3")).error
+    harness.train("m", 1)
+    late = await harness.result("m/1")
+    assert "stopped waiting" in late.error
+    await harness.tasks.close()
+
+
+async def test_the_death_of_the_backend_fails_what_ran_and_is_reported(harness: Harness) -> None:
+    harness.backend.dead = True
+    harness.train("m", 1)
+    assert (await harness.result("m/1")).category is ErrorCategory.SERVER
+    assert harness.deaths == ["the engine is gone"]
+    harness.tasks.close_model("m", BackendError("lost"))
+    harness.train("m", 2)
+    assert (await harness.result("m/2")).error == "lost"
+
+
+async def test_a_call_runs_in_its_place_and_may_fail(harness: Harness) -> None:
+    seen: list[float] = []
+
+    async def look() -> FutureResult:
+        seen.append(await harness.loss(0))
+        return FutureResult(FutureStatus.DONE, b"saved")
+
+    async def fail() -> FutureResult:
+        raise Gone("not there")
+
+    async def crash() -> FutureResult:
+        raise ZeroDivisionError
+
+    before = await harness.loss(0)
+    harness.train("m", 1)
+    harness.step("m", 2)
+    harness.send("m", 3, FutureKind.SAVE_WEIGHTS, CallWork(look))
+    harness.send("m", 4, FutureKind.SAVE_WEIGHTS, CallWork(fail))
+    harness.send("m", 5, FutureKind.SAVE_WEIGHTS, CallWork(crash))
+    harness.train("m", 6)
+    assert (await harness.result("m/3")).body == b"saved"
+    assert seen[0] < before
+    assert (await harness.result("m/4")).error == "not there"
+    crashed = await harness.result("m/5")
+    assert crashed.category is ErrorCategory.SERVER
+    assert "ZeroDivisionError" in crashed.error
+    assert (await harness.result("m/6")).status is FutureStatus.DONE
+
+
+async def test_a_full_queue_says_so_before_anything_is_stored(harness: Harness) -> None:
+    for seq in range(2, 102):
+        harness.train("m", seq)
+    with pytest.raises(Busy):
+        harness.tasks.check_room("m")
+    harness.tasks.check_room("n")
+
+
+async def test_an_action_between_plans_runs_and_its_error_comes_back(harness: Harness) -> None:
+    ran: list[str] = []
+
+    async def act() -> None:
+        ran.append("acted")
+
+    async def fail() -> None:
+        raise Gone("no")
+
+    await harness.tasks.run_between(act)
+    assert ran == ["acted"]
+    with pytest.raises(Gone):
+        await harness.tasks.run_between(fail)
+    harness.train("m", 1)
+    assert (await harness.result("m/1")).status is FutureStatus.DONE
+
+
+def test_operations_are_told_apart() -> None:
+    first: Operation = operation()
+    assert first.num_tokens == 4
+    assert operation(work=optim_work(), kind=FutureKind.OPTIM_STEP).num_tokens == 0
