@@ -95,7 +95,15 @@ class LocalBackend:
         return self._capabilities
 
     def health(self) -> Health:
-        return Health(self._child is not None, self._generation, self._detail)
+        return Health(self._is_live(), self._generation, self._detail)
+
+    def _is_live(self) -> bool:
+        return self._child is not None and not self._child.ended.is_set()
+
+    @property
+    def engine_pid(self) -> int | None:
+        """The running engine's process id; None while there is none."""
+        return self._child.pid if self._child is not None else None
 
     # ----------------------------------------------------------------- supervision
 
@@ -182,7 +190,7 @@ class LocalBackend:
     async def _live(self) -> EngineChild:
         """The engine that takes calls; waits for a restart. Raises ``BackendDead``."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._child is not None or self._ended)
+            await self._changed.wait_for(lambda: self._is_live() or self._ended is not None)
         if self._child is None or self._ended is not None:
             raise BackendDead(self._ended or self._detail)
         return self._child

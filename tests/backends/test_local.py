@@ -1,0 +1,277 @@
+"""The engine process around its work: start, death, restart, end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import sys
+from collections import deque
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.backends.conftest import local_config
+from tests.backends.harness import datum, op, request, spec, unit
+from tests.backends.tiny import CONTEXT_LENGTH, VOCAB_SIZE
+from training.backends.base import AdamParams, TrainUnit
+from training.backends.child import child_environment
+from training.backends.local import RESTART_WINDOW_S, LocalBackend, restart_delay
+from training.config import EngineConfig, ModelConfig, TrainingConfig
+from training.core.errors import BackendDead, ConfigError, UserError
+
+PROMPT = (5, 6, 7)
+
+
+def backend_of(path: Path, config: TrainingConfig | None = None) -> LocalBackend:
+    return LocalBackend(ModelConfig(name="tests/tiny", path=path), config or local_config())
+
+
+@contextlib.asynccontextmanager
+async def running(path: Path, config: TrainingConfig | None = None) -> AsyncIterator[LocalBackend]:
+    """A started backend, closed whatever happens."""
+    backend = backend_of(path, config)
+    try:
+        await backend.start()
+        yield backend
+    finally:
+        await backend.close()
+
+
+def long_unit() -> TrainUnit:
+    """Hundreds of micro-batches: whoever looks a moment after its start finds it running."""
+    data = [datum(VOCAB_SIZE, CONTEXT_LENGTH, seed) for seed in range(60)]
+    return unit(op(0, *data))
+
+
+def kill_engine(backend: LocalBackend) -> int:
+    pid = backend.engine_pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def is_running(pid: int) -> bool:
+    """False also for a process that ended and waits to be reaped by somebody else."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def engines_of_this_process() -> set[int]:
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return {
+        int(child)
+        for child in children
+        if is_running(int(child))
+        and b"training.engine" in Path(f"/proc/{child}/cmdline").read_bytes()
+    }
+
+
+# --------------------------------------------------------------------------- death
+
+
+async def test_a_killed_engine_comes_back_without_slots_and_with_snapshots(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    async with running(tiny_llama) as backend:
+        await backend.load_slot(0, spec())
+        for _ in range(2):
+            await backend.forward_backward(unit(op(0, datum(VOCAB_SIZE, 20, 1))))
+            await backend.optim_step({0: AdamParams(learning_rate=2e-2)})
+        await backend.save_state(0, tmp_path / "state")
+        await backend.publish("kept", tmp_path / "state")
+        await backend.publish("dropped", tmp_path / "state")
+        await backend.retire("dropped")
+        sample = request(PROMPT, snapshot_id="kept", seed=3)
+        before = await backend.sample(sample)
+
+        in_flight = [
+            asyncio.create_task(backend.forward_backward(long_unit())),
+            asyncio.create_task(backend.optim_step({0: AdamParams()})),
+            *(
+                asyncio.create_task(backend.sample(request(PROMPT, max_tokens=400, num_samples=8)))
+                for _ in range(4)
+            ),
+        ]
+        await asyncio.sleep(0.3)
+        first_pid = kill_engine(backend)
+        outcomes = await asyncio.gather(*in_flight, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [BackendDead] * 6
+        assert "signal 9" in str(outcomes[0])
+
+        with pytest.raises(BackendDead, match="load it again"):
+            await backend.forward(unit(op(0, datum(VOCAB_SIZE, 5, 0))))  # waits for the restart
+        assert backend.health().alive
+        assert backend.health().generation == 2
+        assert backend.engine_pid != first_pid
+        after = await backend.sample(sample)
+        np.testing.assert_array_equal(after.sequences[0].tokens, before.sequences[0].tokens)
+        np.testing.assert_array_equal(after.sequences[0].logprobs, before.sequences[0].logprobs)
+        await backend.load_slot(0, spec(), tmp_path / "state")
+        assert len(await backend.forward(unit(op(0, datum(VOCAB_SIZE, 5, 0))))) == 1
+
+
+async def test_an_engine_over_its_restarts_is_given_up(tiny_llama: Path) -> None:
+    async with running(tiny_llama, local_config(max_restarts=0)) as backend:
+        long = request(PROMPT, max_tokens=400, num_samples=64)
+        waiting = asyncio.create_task(backend.sample(long))
+        await asyncio.sleep(0)
+        kill_engine(backend)
+        with pytest.raises(BackendDead):
+            await waiting
+        with pytest.raises(BackendDead, match="too often"):
+            await backend.load_slot(0, spec())
+        assert not backend.health().alive
+        assert "too often" in backend.health().detail
+
+
+async def test_an_engine_that_cannot_load_again_is_given_up(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    async with running(tmp_path / "model") as backend:
+        (tmp_path / "model" / "model.safetensors").unlink()
+        kill_engine(backend)
+        with pytest.raises(BackendDead):
+            await backend.sample(request(PROMPT))
+        with pytest.raises(BackendDead):
+            await backend.load_slot(0, spec())
+        assert not backend.health().alive
+        assert backend.health().generation == 1
+
+
+def test_restarts_wait_longer_each_time_and_are_counted_in_a_window() -> None:
+    delays = [restart_delay(deque([1000.0] * count), 1001.0, 10) for count in range(8)]
+    assert delays == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    assert restart_delay(deque([1000.0] * 3), 1001.0, 3) is None
+    assert restart_delay(deque([1000.0] * 3), 1001.0 + RESTART_WINDOW_S, 3) == 0.5
+    assert restart_delay(deque(), 0.0, 0) is None
+
+
+# --------------------------------------------------------------------------- end
+
+
+async def test_close_leaves_no_process(tiny_llama: Path) -> None:
+    async with running(tiny_llama) as backend:
+        pid = backend.engine_pid
+        assert pid is not None
+        assert is_running(pid)
+        await backend.close()
+        assert not is_running(pid)
+        assert not backend.health().alive
+        with pytest.raises(BackendDead, match="closed"):
+            await backend.sample(request(PROMPT))
+
+
+async def test_close_ends_work_in_flight(tiny_llama: Path) -> None:
+    async with running(tiny_llama) as backend:
+        await backend.load_slot(0, spec())
+        work = asyncio.create_task(backend.forward_backward(long_unit()))
+        await asyncio.sleep(0.2)
+        await backend.close()
+        with pytest.raises(BackendDead):
+            await work
+
+
+async def test_close_during_a_restart_leaves_no_process(tiny_llama: Path) -> None:
+    async with running(tiny_llama) as backend:
+        before = engines_of_this_process()
+        pid = kill_engine(backend)
+        while pid in (now := engines_of_this_process()) or len(now) < len(before):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)  # the next engine is only seen from outside
+        assert not backend.health().alive  # it is still loading
+        await backend.close()
+        assert len(engines_of_this_process()) == len(before) - 1
+
+
+PARENT = """
+import asyncio, sys
+from pathlib import Path
+from tests.backends.test_local import backend_of, long_unit
+from tests.backends.harness import spec
+
+async def main():
+    backend = backend_of(Path(sys.argv[1]))
+    await backend.start()
+    await backend.load_slot(0, spec())
+    print("engine", backend.engine_pid, flush=True)
+    await backend.forward_backward(long_unit())
+
+asyncio.run(main())
+"""
+
+
+async def test_an_engine_does_not_outlive_its_server(tiny_llama: Path) -> None:
+    """Also in the middle of a unit: the server is killed, its engine is busy."""
+    server = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", PARENT, str(tiny_llama), stdout=asyncio.subprocess.PIPE
+    )
+    assert server.stdout is not None
+    line = b""
+    while not line.startswith(b"engine "):  # log lines come first
+        line = await server.stdout.readline()
+        assert line, "the server ended before its engine was up"
+    engine_pid = int(line.split()[1])
+    assert is_running(engine_pid)
+    server.kill()
+    await server.communicate()
+    while is_running(engine_pid):  # noqa: ASYNC110  it is not our child: there is no event
+        await asyncio.sleep(0.02)
+
+
+# --------------------------------------------------------------------------- start
+
+
+async def test_a_path_without_a_model_is_a_configuration_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        await backend_of(tmp_path).start()
+
+
+async def test_the_engine_tells_in_its_words_why_it_cannot_load(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"tokenizer\.json"):
+        await backend_of(model).start()
+    shutil.copytree(tiny_llama, model, dirs_exist_ok=True)
+    (model / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(ConfigError, match="cannot load tests/tiny"):
+        await backend_of(model).start()
+
+
+async def test_a_context_length_over_the_models_own_is_refused(tiny_llama: Path) -> None:
+    model = ModelConfig(name="tests/tiny", path=tiny_llama, context_length=CONTEXT_LENGTH + 1)
+    with pytest.raises(ConfigError, match="context_length"):
+        await LocalBackend(model, local_config()).start()
+
+
+async def test_a_shorter_context_length_holds(tiny_llama: Path) -> None:
+    model = ModelConfig(name="tests/tiny", path=tiny_llama, context_length=32)
+    backend = LocalBackend(model, local_config())
+    await backend.start()
+    try:
+        assert backend.capabilities().context_length == 32
+        assert backend.capabilities().base_model == "tests/tiny"
+        await backend.load_slot(0, spec())
+        with pytest.raises(UserError):
+            await backend.forward(unit(op(0, datum(VOCAB_SIZE, 33, 0))))
+    finally:
+        await backend.close()
+
+
+def test_the_engines_environment_keeps_its_memory_and_its_threads() -> None:
+    inherited = {"HOME": "/home/somebody", "OMP_NUM_THREADS": "9"}
+    environment = child_environment(EngineConfig(num_threads=3), inherited)
+    assert environment["HOME"] == inherited["HOME"]
+    assert environment["OMP_NUM_THREADS"] == environment["MKL_NUM_THREADS"] == "3"
+    assert int(environment["MALLOC_TRIM_THRESHOLD_"]) > 2**30
+    assert environment["TRANSFORMERS_OFFLINE"] == "1"
