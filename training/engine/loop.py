@@ -96,7 +96,7 @@ class TimeShare:
     def spend(self, turn: Turn, seconds: float) -> None:
         if turn is Turn.TRAIN:
             self._owed_to_sampling_s += seconds * self._share
-        else:
+        elif turn is Turn.SAMPLE:
             self._owed_to_sampling_s -= seconds * (1 - self._share)
 
 
@@ -132,17 +132,23 @@ class EngineLoop:
 
     def run(self) -> None:
         turn = Turn.WAIT
-        while True:
-            self._receive(wait=turn is Turn.WAIT)
-            if self._stopped:
-                return
-            turn = self._time_share.plan(bool(self._training), self._sampler.has_work)
-            started_at = self._clock()
-            if turn is Turn.TRAIN:
-                self._train()
-            elif turn is Turn.SAMPLE:
-                self._sample()
-            self._time_share.spend(turn, self._clock() - started_at)
+        while not self._stopped:
+            turn = self.turn(wait=turn is Turn.WAIT)
+
+    def turn(self, wait: bool) -> Turn:
+        """Takes in what has arrived (with ``wait``, sleeps until something has), then lets one side
+        work for one micro-batch or one decode step."""
+        self._receive(wait)
+        if self._stopped:
+            return Turn.WAIT
+        turn = self._time_share.plan(bool(self._training), self._sampler.has_work)
+        started_at = self._clock()
+        if turn is Turn.TRAIN:
+            self._train()
+        elif turn is Turn.SAMPLE:
+            self._sample()
+        self._time_share.spend(turn, self._clock() - started_at)
+        return turn
 
     # ----------------------------------------------------------------- absorb
 

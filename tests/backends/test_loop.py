@@ -1,0 +1,343 @@
+"""The engine's loop over the fake's real numpy trainer and sampler: no torch, no sockets."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.backends.harness import datum, op, request, spec, unit
+from training.backends import ipc
+from training.backends.base import (
+    AdamParams,
+    LoraSpec,
+    OptimOutput,
+    SampleRequest,
+    SampleResult,
+    TrainOutput,
+    TrainUnit,
+)
+from training.backends.fake import sampler as fake_sampler
+from training.backends.fake import trainer as fake_trainer
+from training.backends.fake.model import BaseWeights, HeadView
+from training.core.errors import StorageError, UnitError, UserError
+from training.engine.loop import EngineLoop, TimeShare, Turn
+
+VOCAB_SIZE = 64
+CONTEXT_LENGTH = 4096
+
+
+class NumpyTrainer:
+    """One operation is one micro-batch; ``log`` shares the order of turns with the sampler."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.base = BaseWeights(VOCAB_SIZE)
+        self.slots: dict[int, fake_trainer.Slot] = {}
+        self.log = log
+
+    def load_slot(
+        self, slot: int, spec: LoraSpec, state_dir: Path | None, with_optimizer: bool
+    ) -> None:
+        if state_dir is None:
+            self.slots[slot] = fake_trainer.new_slot(self.base, spec)
+        else:
+            self.slots[slot] = fake_trainer.read_slot(self.base, spec, state_dir, with_optimizer)
+
+    def unload_slot(self, slot: int) -> None:
+        del self.slots[slot]
+
+    def forward_backward(self, unit: TrainUnit) -> Generator[None, None, list[TrainOutput]]:
+        results = []
+        for operation in unit.ops:
+            self.log.append("train")
+            slot = self.slots[operation.slot]
+            results.append(fake_trainer.compute_op(slot, operation, CONTEXT_LENGTH))
+            yield
+        for operation, result in zip(unit.ops, results, strict=True):
+            fake_trainer.add_gradient(self.slots[operation.slot], result.gradient_VD)
+        return [result.output for result in results]
+
+    def forward(self, unit: TrainUnit) -> Generator[None, None, list[TrainOutput]]:
+        outputs = []
+        for operation in unit.ops:
+            slot = self.slots[operation.slot]
+            outputs.append(fake_trainer.compute_op(slot, operation, CONTEXT_LENGTH).output)
+            yield
+        return outputs
+
+    def optim_step(self, params: Mapping[int, AdamParams]) -> dict[int, OptimOutput]:
+        return {slot: fake_trainer.adamw_step(self.slots[slot], p) for slot, p in params.items()}
+
+    def discard_grads(self, slot: int) -> None:
+        self.slots[slot].gradients = {}
+
+    def save_state(self, slot: int, directory: Path) -> None:
+        fake_trainer.write_state(self.slots[slot], directory, "tests/loop")
+
+    def export_adapter(self, slot: int, directory: Path) -> None:
+        fake_trainer.write_adapter(self.slots[slot], directory, "tests/loop")
+
+
+class NumpySampler:
+    """A step is ``TOKENS_PER_TURN`` tokens of the oldest request."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.base = BaseWeights(VOCAB_SIZE)
+        self.views: dict[str | None, HeadView] = {None: HeadView(self.base, None, {})}
+        self.running: dict[str, Iterator[SampleResult | None]] = {}
+        self.cancelled: list[str] = []
+        self.log = log
+
+    def publish(self, snapshot_id: str, directory: Path) -> None:
+        self.views[snapshot_id] = fake_trainer.read_view(self.base, directory)
+
+    def retire(self, snapshot_id: str) -> None:
+        self.views.pop(snapshot_id, None)
+
+    def submit(self, request: SampleRequest) -> None:
+        if request.snapshot_id not in self.views:
+            raise UserError("unknown snapshot")
+        texts = fake_sampler.texts(None, VOCAB_SIZE)
+        view = self.views[request.snapshot_id]
+        self.running[request.request_id] = fake_sampler.run_request(
+            view, request, CONTEXT_LENGTH, texts
+        )
+
+    def cancel(self, request_id: str) -> None:
+        if self.running.pop(request_id, None) is not None:
+            self.cancelled.append(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.cancelled)
+
+    def step(self) -> list[tuple[str, SampleResult | Exception]]:
+        self.log.append("sample")
+        ended: list[tuple[str, SampleResult | Exception]] = [
+            (request_id, UserError("cancelled")) for request_id in self.cancelled
+        ]
+        self.cancelled = []
+        for request_id, work in list(self.running.items())[:1]:
+            result = next(work)
+            if result is not None:
+                del self.running[request_id]
+                ended.append((request_id, result))
+        return ended
+
+
+class Bench:
+    """A loop, its inbox, the replies by call id in the order they came, and the turns taken."""
+
+    def __init__(self, fatal: tuple[type[BaseException], ...] = ()) -> None:
+        self.log: list[str] = []
+        self.trainer = NumpyTrainer(self.log)
+        self.sampler = NumpySampler(self.log)
+        self.inbox: queue.SimpleQueue[ipc.Call | None] = queue.SimpleQueue()
+        self.replies: dict[int, ipc.Reply] = {}
+        self.answered = threading.Event()
+        self.time = 0.0
+        self.loop = EngineLoop(
+            self.trainer,
+            self.sampler,
+            self.inbox,
+            self.reply,
+            sampling_share=0.5,
+            fatal=fatal,
+            clock=self.tick,
+        )
+        self.trainer.load_slot(0, spec(), None, True)
+
+    def tick(self) -> float:
+        """A clock on which every turn takes a second."""
+        self.time += 1.0
+        return self.time
+
+    def reply(self, reply: ipc.Reply) -> None:
+        self.replies[reply.call_id] = reply
+        self.answered.set()
+
+    def run(self, *commands: ipc.Command) -> None:
+        """Puts the commands, numbered from 1, and runs the loop until all are answered."""
+        for number, command in enumerate(commands, 1):
+            self.inbox.put(ipc.Call(number, command))
+        while len(self.replies) < len(commands):
+            self.loop.turn(wait=False)
+
+    def value(self, number: int) -> object:
+        assert self.replies[number].error is None
+        return self.replies[number].value
+
+    def error(self, number: int) -> Exception | None:
+        return self.replies[number].error
+
+
+def small(slot: int = 0, seed: int = 0) -> TrainUnit:
+    return unit(*(op(slot, datum(VOCAB_SIZE, 9, seed + i)) for i in range(4)))
+
+
+def bad_unit() -> TrainUnit:
+    return unit(op(0, datum(VOCAB_SIZE, 9, 0)), op(0, datum(VOCAB_SIZE, 9, 0), loss="none"))
+
+
+def test_training_commands_are_answered_in_their_order(tmp_path: Path) -> None:
+    bench = Bench()
+    bench.run(
+        ipc.LoadSlot(1, spec(), None, True),
+        ipc.ForwardBackward(small(1)),
+        ipc.Forward(small(1)),
+        ipc.OptimStep({1: AdamParams()}),
+        ipc.SaveState(1, tmp_path / "state"),
+        ipc.ExportAdapter(1, tmp_path / "adapter"),
+        ipc.LoadSlot(2, spec(), tmp_path / "state", True),
+        ipc.ForwardBackward(small(2)),
+        ipc.DiscardGrads(2),
+        ipc.OptimStep({2: AdamParams()}),
+        ipc.UnloadSlot(1),
+    )
+    assert list(bench.replies) == list(range(1, 12))
+    trained, only = bench.value(2), bench.value(3)
+    assert isinstance(trained, list)
+    assert isinstance(only, list)
+    assert [each.metrics for each in trained] == [each.metrics for each in only]
+    first, second = bench.value(4), bench.value(10)
+    assert isinstance(first, dict)
+    assert isinstance(second, dict)
+    assert first[1].metrics["grad_norm"] > 0
+    assert second[2].metrics["grad_norm"] == 0
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert set(bench.trainer.slots) == {0, 2}
+
+
+def test_a_failed_unit_fails_alone() -> None:
+    bench = Bench()
+    bench.run(
+        ipc.ForwardBackward(bad_unit()),
+        ipc.OptimStep({0: AdamParams()}),
+        ipc.ForwardBackward(small()),
+        ipc.ForwardBackward(unit(op(9, datum(VOCAB_SIZE, 4, 0)))),
+        ipc.Forward(small()),
+    )
+    assert isinstance(bench.error(1), UserError)
+    step = bench.value(2)
+    assert isinstance(step, dict)
+    assert step[0].metrics["grad_norm"] == 0
+    assert bench.error(3) is None
+    assert isinstance(bench.error(4), UnitError)
+    assert str(bench.error(4)) == "ForwardBackward failed: KeyError: 9"
+    assert bench.error(5) is None
+
+
+def test_disk_errors_are_storage_errors(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    bench = Bench()
+    bench.run(ipc.SaveState(0, tmp_path / "file" / "state"))
+    assert isinstance(bench.error(1), StorageError)
+
+
+def test_fatal_errors_end_the_loop() -> None:
+    bench = Bench(fatal=(KeyError,))
+    with pytest.raises(KeyError):
+        bench.run(ipc.UnloadSlot(9))
+
+
+def test_samples_are_answered_when_they_end(tmp_path: Path) -> None:
+    bench = Bench()
+    bench.run(
+        ipc.ExportAdapter(0, tmp_path / "adapter"),
+        ipc.Sample(request((1, 2), max_tokens=100)),
+        ipc.Sample(request((1, 2), snapshot_id="unknown")),
+        ipc.Sample(request((1, 2), max_tokens=1000, request_id="cancelled")),
+        ipc.Cancel("cancelled"),
+        ipc.Cancel("never known"),
+    )
+    result = bench.value(2)
+    assert isinstance(result, SampleResult)
+    assert len(result.sequences[0].tokens) == 100
+    assert isinstance(bench.error(3), UserError)
+    assert isinstance(bench.error(4), UserError)
+    assert bench.error(5) is bench.error(6) is None
+
+
+def test_snapshots_come_and_go_in_the_order_of_commands(tmp_path: Path) -> None:
+    bench = Bench()
+    bench.trainer.export_adapter(0, tmp_path)
+    bench.run(
+        ipc.Publish("one", tmp_path),
+        ipc.Sample(request((1, 2), snapshot_id="one")),
+        ipc.Retire("one"),
+        ipc.Sample(request((1, 2), snapshot_id="one")),
+        ipc.Publish("two", tmp_path / "missing"),
+    )
+    assert isinstance(bench.value(2), SampleResult)
+    assert isinstance(bench.error(4), UserError)
+    assert isinstance(bench.error(5), UserError)
+
+
+def test_training_and_sampling_take_turns() -> None:
+    """With equal shares and equal turns they alternate, from the first turn on; alone, each side
+    runs without pause."""
+    bench = Bench()
+    bench.run(
+        ipc.ForwardBackward(unit(*(op(0, datum(VOCAB_SIZE, 9, i)) for i in range(20)))),
+        ipc.Sample(request((1, 2), max_tokens=10 * fake_sampler.TOKENS_PER_TURN)),
+    )
+    mixed = bench.log[:20]
+    assert mixed.count("train") == mixed.count("sample") == 10
+    assert set(itertools.pairwise(mixed)) == {("train", "sample"), ("sample", "train")}
+    assert set(bench.log[24:]) == {"train"}
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.8])
+def test_shares_are_of_measured_time(share: float) -> None:
+    """Long micro-batches, short decode steps: the time is shared, not the turns."""
+    time_share = TimeShare(share)
+    spent = {Turn.TRAIN: 0.0, Turn.SAMPLE: 0.0}
+    seconds = {Turn.TRAIN: 1.0, Turn.SAMPLE: 0.02}
+    for _ in range(20_000):
+        turn = time_share.plan(training_waits=True, sampling_waits=True)
+        time_share.spend(turn, seconds[turn])
+        spent[turn] += seconds[turn]
+    assert spent[Turn.SAMPLE] / sum(spent.values()) == pytest.approx(share, abs=0.02)
+
+
+def test_nobody_saves_up_turns() -> None:
+    """An hour of training alone does not give sampling an hour alone afterwards."""
+    time_share = TimeShare(0.5)
+    for _ in range(3600):
+        assert time_share.plan(training_waits=True, sampling_waits=False) is Turn.TRAIN
+        time_share.spend(Turn.TRAIN, 1.0)
+    turns = []
+    for _ in range(10):
+        turns.append(time_share.plan(training_waits=True, sampling_waits=True))
+        time_share.spend(turns[-1], 1.0)
+    assert turns.count(Turn.TRAIN) in (4, 5)  # the last turn alone may count, the others do not
+    assert time_share.plan(training_waits=False, sampling_waits=False) is Turn.WAIT
+
+
+def test_an_idle_loop_sleeps_and_wakes() -> None:
+    """It takes no turn while there is nothing to do, and answers what comes later."""
+    bench = Bench()
+    thread = threading.Thread(target=bench.loop.run)
+    thread.start()
+    assert not bench.answered.wait(0.1)
+    # Two readings of the clock a turn: the first turn, and none after it.
+    assert bench.time <= 2.0
+    bench.inbox.put(ipc.Call(1, ipc.Forward(small())))
+    bench.answered.wait()
+    outputs = bench.value(1)
+    assert isinstance(outputs, list)
+    assert np.isfinite(outputs[0].logprobs[0]).all()
+    bench.inbox.put(ipc.Call(0, ipc.Stop()))
+    thread.join()
+
+
+def test_the_inbox_end_stops_the_loop() -> None:
+    bench = Bench()
+    bench.inbox.put(None)
+    bench.loop.run()
+    assert bench.replies == {}
