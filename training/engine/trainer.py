@@ -132,17 +132,17 @@ class Trainer:
         self._slots.pop(slot, None)
 
     def discard_grads(self, slot: int) -> None:
-        self._slot(slot).gradient = None
+        self.slot(slot).gradient = None
 
     def save_state(self, slot: int, directory: Path) -> None:
-        held = self._slot(slot)
+        held = self.slot(slot)
         write_state(directory, held.layout, held.weights, held.adam, self.name)
 
     def export_adapter(self, slot: int, directory: Path) -> None:
-        held = self._slot(slot)
+        held = self.slot(slot)
         write_adapter(directory, held.layout, held.weights, self.name)
 
-    def _slot(self, slot: int) -> Slot:
+    def slot(self, slot: int) -> Slot:
         if slot not in self._slots:
             raise UnitError(f"slot {slot} holds no adapter")
         return self._slots[slot]
@@ -173,7 +173,7 @@ class Trainer:
 
     def _check(self, unit: TrainUnit) -> None:
         for op_index, op in enumerate(unit.ops):
-            self._slot(op.slot)
+            self.slot(op.slot)
             if op.loss not in LOSSES:
                 raise UserError(f"loss {op.loss!r} is not offered", op_index)
             for datum in op.data:
@@ -197,7 +197,7 @@ class Trainer:
     # ------------------------------------------------------------------ steps
 
     def optim_step(self, params: Mapping[int, AdamParams]) -> dict[int, OptimOutput]:
-        return {slot: self._step(self._slot(slot), each) for slot, each in params.items()}
+        return {slot: self._step(self.slot(slot), each) for slot, each in params.items()}
 
     def _step(self, held: Slot, params: AdamParams) -> OptimOutput:
         gradient = held.gradient
@@ -238,15 +238,15 @@ class _UnitWork:
         ]
 
     def micro_batch(self, batch: MicroBatch) -> None:
-        data = [datum for chunk in batch.chunks for datum in chunk.data(self.unit)]
-        lengths = [datum.num_tokens for datum in data]
-        tokens_T = torch.from_numpy(np.concatenate([datum.tokens for datum in data]))
-        positions_T = torch.cat([torch.arange(length) for length in lengths])
+        data = [chunk.data(self.unit) for chunk in batch.chunks]
+        lengths = [[datum.num_tokens for datum in each] for each in data]
+        tokens = np.concatenate([datum.tokens for each in data for datum in each])
+        positions = np.concatenate([np.arange(length) for each in lengths for length in each])
         segments = self._segments(batch.chunks)
         with torch.set_grad_enabled(self.with_gradient):
             hidden_TH = self.model.hidden(
-                tokens_T.to(self.model.device),
-                positions_T.to(self.model.device),
+                torch.from_numpy(tokens).to(self.model.device),
+                torch.from_numpy(positions).to(self.model.device),
                 segments,
                 PackedAttention(lengths, self.model.config.windows),
                 checkpointing=batch.oversized and self.with_gradient,

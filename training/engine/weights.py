@@ -30,7 +30,10 @@ class Linear:
 
 @dataclass(frozen=True, eq=False)
 class LayerWeights:
-    """One decoder layer; ``q_norm``/``k_norm`` [head_dim] only where the model has them."""
+    """One decoder layer; ``q_norm``/``k_norm`` [head_dim] only where the model has them.
+
+    Norms are fp32 whatever the compute dtype: they multiply fp32 values.
+    """
 
     input_norm: torch.Tensor
     qkv: Linear
@@ -94,7 +97,7 @@ class _Builder:
         vocab_shape = (config.vocab_size, config.hidden_size)
         embedding = self._take("model.embed_tokens.weight", vocab_shape)
         layers = tuple(self._layer(layer) for layer in range(config.num_layers))
-        final_norm = self._take("model.norm.weight", (config.hidden_size,))
+        final_norm = self._norm("model.norm", config.hidden_size)
         if config.tie_word_embeddings:
             self.tensors.pop("lm_head.weight", None)  # some files carry the tied copy too
             head = Linear(embedding, None)
@@ -111,7 +114,7 @@ class _Builder:
         kv_size = config.num_kv_heads * config.head_dim
         has_norm = config.qk_norm
         return LayerWeights(
-            input_norm=self._take(f"{prefix}input_layernorm.weight", (hidden,)),
+            input_norm=self._norm(f"{prefix}input_layernorm", hidden),
             qkv=self._linear(
                 [
                     (f"{attention}q_proj", q_size),
@@ -120,16 +123,16 @@ class _Builder:
                 ],
                 hidden,
             ),
-            q_norm=self._head_norm(f"{attention}q_norm") if has_norm else None,
-            k_norm=self._head_norm(f"{attention}k_norm") if has_norm else None,
+            q_norm=self._norm(f"{attention}q_norm", config.head_dim) if has_norm else None,
+            k_norm=self._norm(f"{attention}k_norm", config.head_dim) if has_norm else None,
             o=self._linear([(f"{attention}o_proj", hidden)], q_size),
-            mlp_norm=self._take(f"{prefix}post_attention_layernorm.weight", (hidden,)),
+            mlp_norm=self._norm(f"{prefix}post_attention_layernorm", hidden),
             gate_up=self._linear([(f"{mlp}gate_proj", inner), (f"{mlp}up_proj", inner)], hidden),
             down=self._linear([(f"{mlp}down_proj", hidden)], inner),
         )
 
-    def _head_norm(self, name: str) -> torch.Tensor:
-        return self._take(f"{name}.weight", (self.config.head_dim,))
+    def _norm(self, name: str, size: int) -> torch.Tensor:
+        return self._take(f"{name}.weight", (size,)).float()
 
     def _linear(self, parts: list[tuple[str, int]], in_size: int) -> Linear:
         weights = [self._take(f"{name}.weight", (out, in_size)) for name, out in parts]
