@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import resource
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from google.protobuf.message import DecodeError, Message
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -29,6 +32,7 @@ from training.wire.protobuf import (
     decode_forward_backward,
     encode_forward_backward_output,
     encode_sample_response,
+    num_fields,
     open_forward_backward,
 )
 from training.wire.records import OtherChunk, TextChunk, WireTensor
@@ -182,17 +186,48 @@ def test_bytes_that_are_not_numbers(tensor: pb.Tensor, message: str) -> None:
         decode_forward_backward(tensor_body(tensor))
 
 
-def test_too_many_small_messages() -> None:
-    envelope = pb.ForwardBackwardEnvelope(model_id="m", data=[b""] * (MAX_DATUMS + 1))
-    with pytest.raises(TooLarge, match="datums"):
-        decode_forward_backward(envelope.SerializeToString())
-    for crowded in (
-        pb.DatumEnvelope(model_input=[b""] * 20_000),
-        pb.DatumEnvelope(loss_fn_inputs=[b""] * 65),
-    ):
-        body = pb.ForwardBackwardEnvelope(model_id="m", data=[crowded.SerializeToString()])
-        with pytest.raises(TooLarge, match=r"data\[0\] has more than"):
-            decode_forward_backward(body.SerializeToString())
+@pytest.mark.parametrize(
+    ("datum", "message"),
+    [
+        (pb.DatumEnvelope(model_input=[b""] * 20_000), "more than 16384 chunks"),
+        (pb.DatumEnvelope(loss_fn_inputs=[b""] * 65), "more than 64 loss_fn_inputs"),
+        (pb.Datum(model_input_spans=[pb.ProvenanceSpan()] * 33_000), "more than 32832 protobuf"),
+    ],
+)
+def test_too_many_parts_of_a_datum(datum: Message, message: str) -> None:
+    body = pb.ForwardBackwardEnvelope(model_id="m", data=[datum.SerializeToString()])
+    with pytest.raises(TooLarge, match=rf"data\[0\] has {message}"):
+        decode_forward_backward(body.SerializeToString())
+
+
+def test_too_many_datums() -> None:
+    full = pb.ForwardBackwardEnvelope(model_id="m", data=[b""] * MAX_DATUMS)
+    assert len(decode_forward_backward(full.SerializeToString()).data) == MAX_DATUMS
+    full.data.append(b"")
+    with pytest.raises(TooLarge, match="16385 datums in one request; limit 16384"):
+        decode_forward_backward(full.SerializeToString())
+
+
+def test_small_messages_are_counted_before_they_grow() -> None:
+    """32 million empty datums would take over a gigabyte inside the parser."""
+    body = b"\x1a\x00" * 2**25
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(TooLarge, match="more than 16484 protobuf fields"):
+        open_forward_backward(body)
+    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown_kib < 2**16
+
+
+GROUP = b"\xfb\x7f\x1a\x00\xfc\x7f"  # unknown field 2047 as a group around a field 3
+
+
+@given(st.lists(st.sampled_from([b"\x1a\x00", GROUP, b"\x10\x05"]) | st.binary(max_size=6)))
+def test_the_count_is_never_below_the_parser_s(parts: list[bytes]) -> None:
+    body = b"".join(parts)
+    with suppress(DecodeError):
+        message = pb.ForwardBackwardEnvelope.FromString(body)
+        assert num_fields(body, 1000) >= len(message.data) + len(message.ListFields()) - 1
+        assert num_fields(body, 1) <= 1
 
 
 @pytest.mark.parametrize("body", [b"", pb.ForwardBackwardRequest(seq_id=1).SerializeToString()])

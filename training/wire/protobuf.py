@@ -32,7 +32,9 @@ from training.wire.records import (
 MAX_DATUMS = 16384
 MAX_CHUNKS_PER_DATUM = 16384
 MAX_INPUTS_PER_DATUM = 64
-MAX_DATUM_BYTES = 128 * 2**20
+MAX_DATUM_BYTES = 64 * 2**20
+_MAX_HEADER_FIELDS = 100
+_MAX_SPANS_PER_DATUM = 16384
 
 ARRAY_RECORD = "ArrayRecord"
 EMPTY_CELL_TOKEN = 0
@@ -69,6 +71,7 @@ class TrainEnvelope:
 
 def open_forward_backward(body: bytes) -> TrainEnvelope:
     """Reads all but the datums. Raises ``InvalidRequest`` for what is not such a message."""
+    _check_num_fields(body, MAX_DATUMS + _MAX_HEADER_FIELDS, "body")
     message = _parse(pb.ForwardBackwardEnvelope, body, "body")
     if not message.model_id:
         raise InvalidRequest("model_id is missing")
@@ -114,6 +117,49 @@ def _parse(kind: type[_MessageT], encoded: bytes, where: str) -> _MessageT:
     return message
 
 
+def _check_num_fields(encoded: bytes, limit: int, where: str) -> None:
+    """Raises ``TooLarge`` before a parser makes an object of each field: an empty element takes
+    two bytes here and eight times as much there, or more."""
+    if num_fields(encoded, limit + 1) > limit:
+        raise TooLarge(f"{where} has more than {limit} protobuf fields")
+
+
+def num_fields(encoded: bytes, enough: int) -> int:
+    """Fields of a message, those inside groups included; stops counting at ``enough``.
+
+    Ends where the message stops being well-formed: a parser stops there too.
+    """
+    place = count = 0
+    while place < len(encoded) and count < enough:
+        count += 1
+        tag, place = _varint(encoded, place)
+        match tag & 7:
+            case 0:
+                _, place = _varint(encoded, place)
+            case 1:
+                place += 8
+            case 2:
+                length, place = _varint(encoded, place)
+                place += length
+            case 5:
+                place += 4
+            case 3 | 4:  # begin and end of a group: its fields follow
+                pass
+            case _:
+                break
+    return count
+
+
+def _varint(encoded: bytes, start: int) -> tuple[int, int]:
+    """Value of the varint at ``start`` and the place after it; cut short at the end."""
+    value = 0
+    for index, byte in enumerate(encoded[start : start + 10]):
+        value |= (byte & 0x7F) << (7 * index)
+        if byte < 0x80:
+            return value, start + index + 1
+    return value, start + 10
+
+
 def _loss_config(message: pb.ForwardBackwardEnvelope) -> dict[str, float | str]:
     """The newer map rules when it has entries; older clients send numbers alone."""
     if not message.loss_fn_config_v2:
@@ -133,6 +179,8 @@ def _loss_config(message: pb.ForwardBackwardEnvelope) -> dict[str, float | str]:
 def _decode_datum(encoded: bytes, where: str) -> WireDatum:
     if len(encoded) > MAX_DATUM_BYTES:
         raise TooLarge(f"{where} has {len(encoded)} bytes; limit {MAX_DATUM_BYTES}")
+    max_fields = MAX_CHUNKS_PER_DATUM + MAX_INPUTS_PER_DATUM + _MAX_SPANS_PER_DATUM
+    _check_num_fields(encoded, max_fields, where)
     message = _parse(pb.DatumEnvelope, encoded, where)
     if len(message.model_input) > MAX_CHUNKS_PER_DATUM:
         raise TooLarge(f"{where} has more than {MAX_CHUNKS_PER_DATUM} chunks")
