@@ -39,22 +39,25 @@ def parser(description: str | None, steps: int) -> argparse.ArgumentParser:
 
 def connect() -> tinker.ServiceClient:
     """Uses TINKER_BASE_URL and TINKER_API_KEY; without them, a server started with defaults."""
-    return tinker.ServiceClient(
-        base_url=os.environ.get("TINKER_BASE_URL", "http://127.0.0.1:8000"),
-        api_key=os.environ.get("TINKER_API_KEY", "tml-slime-dev-key"),
-    )
+    base_url = os.environ.get("TINKER_BASE_URL", "http://127.0.0.1:8000").rstrip("/")
+    # The server mirrors the tokenizers of its models, so nothing else need be reachable.
+    os.environ.setdefault("HF_ENDPOINT", f"{base_url}/hf")
+    api_key = os.environ.get("TINKER_API_KEY", "tml-slime-dev-key")
+    return tinker.ServiceClient(base_url=base_url, api_key=api_key)
 
 
 class Log:
     """Prints one line per step and keeps everything for the caller."""
 
-    def __init__(self, file: Path | None = None) -> None:
+    def __init__(self, file: Path | None = None, quiet: bool = False) -> None:
         self.steps: list[Metrics] = []
         self._file = file
+        self._quiet = quiet
 
     def __call__(self, step: int, **metrics: float) -> None:
         self.steps.append({"step": step, **metrics})
-        print(f"step {step:3d}  " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+        if not self._quiet:
+            print(f"step {step:3d}  " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
         if self._file is not None:
             self._file.write_text(json.dumps(self.steps))
 

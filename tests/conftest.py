@@ -1,0 +1,53 @@
+"""Fixtures that everything below may use: real servers, and models for them.
+
+Set before anything is imported: a Hugging Face cache of the tests' own, never the network's.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_CACHE = tempfile.TemporaryDirectory(prefix="tinkercloud-tests-hf-")
+os.environ["HF_HOME"] = _CACHE.name
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TINKER_TELEMETRY"] = "0"
+
+from tests.servers import REPOSITORY, Server, running_server  # noqa: E402
+from training.config import EMBEDDED_MODEL, TrainingConfig  # noqa: E402
+from training.models.registry import ensure_embedded_model  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The SDK reads its configuration through an HTTP client that it never closes; the garbage
+    collector then complains in whatever test is running."""
+    for leak in ("unclosed transport", "unclosed <socket.socket"):
+        config.addinivalue_line("filterwarnings", f"ignore:{leak}:ResourceWarning")
+
+
+@pytest.fixture(scope="session")
+def embedded_model() -> Path:
+    """Directory of the embedded model, converted once per checkout."""
+    return ensure_embedded_model(TrainingConfig(model_dir=REPOSITORY / "data" / "models"))
+
+
+@pytest.fixture(scope="session")
+def fake_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of the fake model alone: the protocol at full speed."""
+    with running_server(tmp_path_factory.mktemp("fake-server")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def real_server(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path) -> Iterator[Server]:
+    """A server of the embedded model on the local engine."""
+    config = {
+        "supported_models": [{"name": EMBEDDED_MODEL, "path": str(embedded_model)}],
+        "engine": {"num_threads": 2, "kv_cache_tokens": 16384},
+    }
+    with running_server(tmp_path_factory.mktemp("real-server"), config) as server:
+        yield server

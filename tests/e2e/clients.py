@@ -1,0 +1,68 @@
+"""SDK clients and small data for the end-to-end tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tinker
+from tinker import types
+
+from tests.servers import FAKE_MODEL, Server
+
+RATE = types.AdamParams(learning_rate=1e-2)
+
+
+def service_client(server: Server, **settings: Any) -> tinker.ServiceClient:
+    settings.setdefault("api_key", server.api_key)
+    return tinker.ServiceClient(base_url=server.base_url, **settings)
+
+
+def rest_client(server: Server, api_key: str | None = None) -> tinker.RestClient:
+    return tinker.RestClient(base_url=server.base_url, api_key=api_key or server.api_key)
+
+
+def trainer_of(
+    service: tinker.ServiceClient, model: str = FAKE_MODEL, **settings: Any
+) -> tinker.TrainingClient:
+    settings = {"rank": 4, "seed": 1} | settings
+    return service.create_lora_training_client(model, **settings).result()
+
+
+def prompt(*tokens: int) -> types.ModelInput:
+    return types.ModelInput.from_ints(list(tokens))
+
+
+def datum(tokens: Sequence[int], **inputs: Any) -> types.Datum:
+    """Input ``tokens`` with the given loss inputs (lists, arrays or ``TensorData``)."""
+    return types.Datum(model_input=prompt(*tokens), loss_fn_inputs=inputs)
+
+
+def next_token(tokens: Sequence[int], weights: Sequence[float] | None = None) -> types.Datum:
+    """Cross entropy of each next token of ``tokens``."""
+    size = len(tokens) - 1
+    return datum(
+        tokens[:-1],
+        target_tokens=list(tokens[1:]),
+        weights=list(weights) if weights is not None else [1.0] * size,
+    )
+
+
+def loss_of(output: types.ForwardBackwardOutput) -> float:
+    return output.metrics["loss:sum"]
+
+
+def logprobs_of(output: types.ForwardBackwardOutput) -> list[np.ndarray[Any, Any]]:
+    """One array per datum, in the shape of its targets."""
+    return [item["logprobs"].to_numpy() for item in output.loss_fn_outputs]
+
+
+def train(trainer: tinker.TrainingClient, data: list[types.Datum], steps: int = 1) -> list[float]:
+    """Pipelined steps; the loss of each."""
+    losses = []
+    for _ in range(steps):
+        loss = trainer.forward_backward(data, "cross_entropy")
+        trainer.optim_step(RATE).result()
+        losses.append(loss_of(loss.result()))
+    return losses
