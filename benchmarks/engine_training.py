@@ -1,0 +1,148 @@
+"""Time of a training step (forward, backward, AdamW): this engine against transformers + PEFT.
+
+    python benchmarks/engine_training.py <model directory> [--shapes 8x128 32x256] [--repeats 5]
+
+Both train rank-32 LoRA on all linears in bfloat16 on the same data; runs alternate, and the
+median of each is printed. PEFT also adapts the head. Equal lengths are the best case of padding:
+PEFT's batches contain none. The engine starts its processes with the allocator settings that
+``--tuned`` sets here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from training.backends.base import AdamParams, Datum, LoraSpec, TrainOp, TrainUnit
+from training.config import EngineConfig
+from training.engine.model import Transformer
+from training.engine.trainer import Trainer
+
+RANK = 32
+LEARNING_RATE = 1e-4
+TUNED_ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
+"""glibc keeps freed memory instead of giving each large block back to the kernel."""
+
+Step = Callable[[], float]
+"""Makes one step and returns its loss."""
+
+
+def make_data(batch: int, length: int, vocab_size: int) -> list[Datum]:
+    rng = np.random.default_rng(0)
+    data = []
+    for _ in range(batch):
+        tokens = rng.integers(0, vocab_size, length + 1)
+        weights = np.ones(length, np.float32)
+        data.append(Datum(tokens[:-1].astype(np.int32), tokens[1:], {"weights": weights}))
+    return data
+
+
+def engine_step(directory: Path, data: list[Datum], micro_batch_tokens: int) -> Step:
+    model = Transformer.from_directory(directory, torch.device("cpu"), torch.bfloat16)
+    config = EngineConfig(micro_batch_tokens=micro_batch_tokens)
+    trainer = Trainer(model, config, directory.name)
+    trainer.load_slot(0, LoraSpec(RANK, seed=0))
+    unit = TrainUnit([TrainOp(0, "cross_entropy", {}, data)])
+
+    def step() -> float:
+        run = trainer.forward_backward(unit)
+        while True:
+            try:
+                next(run)
+            except StopIteration as stop:
+                loss: float = stop.value[0].metrics["loss:sum"]
+                break
+        trainer.optim_step({0: AdamParams(LEARNING_RATE)})
+        return loss
+
+    return step
+
+
+def peft_step(directory: Path, data: list[Datum]) -> Step:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    if base.config.tie_word_embeddings:
+        base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())
+        base.config.tie_word_embeddings = False
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = LoraConfig(r=RANK, lora_alpha=32, target_modules=[*targets, "lm_head"])
+    model = get_peft_model(base, config, autocast_adapter_dtype=False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
+    tokens = torch.from_numpy(np.stack([datum.tokens for datum in data])).long()
+    targets_BL = torch.from_numpy(np.stack([datum.targets for datum in data]))
+
+    def step() -> float:
+        optimizer.zero_grad()
+        logits = model(tokens).logits.float()
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets_BL.flatten(), reduction="sum"
+        )
+        torch.autograd.backward(loss)
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def timed(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def compare(directory: Path, shape: str, repeats: int, micro_batch_tokens: int) -> None:
+    batch, length = (int(part) for part in shape.split("x"))
+    vocab_size = 49152
+    data = make_data(batch, length, vocab_size)
+    steps = {
+        "engine": engine_step(directory, data, micro_batch_tokens),
+        "peft": peft_step(directory, data),
+    }
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for name, step in steps.items():
+        print(f"{shape} {name}: first loss {step():.2f}")
+    for _ in range(repeats):
+        for name, step in steps.items():
+            times[name].append(timed(step))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    num_tokens = batch * length
+    for name, median in medians.items():
+        spread = f"{min(times[name]):.3f}..{max(times[name]):.3f}"
+        rate = num_tokens / median
+        print(f"{shape} {name}: {median:.3f} s ({spread}), {rate:.0f} tokens/s")
+    print(f"{shape} speed-up: {medians['peft'] / medians['engine']:.2f}x")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--shapes", nargs="+", default=["8x128", "8x512", "32x256"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--micro-batch-tokens", type=int, default=2048)
+    parser.add_argument("--tuned", action="store_true", help="with the engine's allocator settings")
+    arguments = parser.parse_args()
+    if arguments.tuned and any(
+        os.environ.get(key) != TUNED_ALLOCATOR[key] for key in TUNED_ALLOCATOR
+    ):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | TUNED_ALLOCATOR)
+    for shape in arguments.shapes:
+        compare(arguments.directory, shape, arguments.repeats, arguments.micro_batch_tokens)
+
+
+if __name__ == "__main__":
+    main()
