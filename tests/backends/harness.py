@@ -13,7 +13,9 @@ from training.backends.base import (
     Backend,
     Datum,
     Float32Array,
+    Int32Array,
     LoraSpec,
+    SampledSequence,
     SampleRequest,
     TrainOp,
     TrainUnit,
@@ -33,6 +35,8 @@ class Harness:
 
     name: str
     backend: Backend
+    exact_draws: bool
+    """False where rounding, which depends on the batch, may turn a draw between two tokens."""
     text: Callable[[Sequence[int]], str]
     model_path: Path | None
     company: float
@@ -136,6 +140,23 @@ def as_datum(prompt: Sequence[int], sampled: Sequence[int]) -> Datum:
 
 def joined(outputs: Sequence[Float32Array]) -> Float32Array:
     return np.concatenate([each.ravel() for each in outputs])
+
+
+def same_sample(harness: Harness, one: SampledSequence, other: SampledSequence) -> None:
+    """Equal tokens; where draws are not exact, equal until the first one that rounding turned."""
+    if harness.exact_draws:
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        assert one.stop_reason is other.stop_reason
+    num_same = common_length(one.tokens, other.tokens)
+    assert num_same > 0
+    np.testing.assert_allclose(
+        one.logprobs[:num_same], other.logprobs[:num_same], atol=harness.sampler
+    )
+
+
+def common_length(one: Int32Array, other: Int32Array) -> int:
+    pairs = zip(one.tolist(), other.tolist(), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def numpy_loss(

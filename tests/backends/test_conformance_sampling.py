@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.backends.harness import Harness, as_datum, datum, op, request, spec, unit
+from tests.backends.harness import Harness, as_datum, datum, op, request, same_sample, spec, unit
 from training.backends.base import (
     AdamParams,
     Float32Array,
@@ -59,8 +59,7 @@ async def test_a_seed_fixes_the_sample(harness: Harness) -> None:
         two = await harness.backend.sample(request(PROMPT, num_samples=2, seed=seed))
         assert len(three.sequences) == 3
         for again, first in zip(two.sequences, three.sequences, strict=False):
-            np.testing.assert_array_equal(again.tokens, first.tokens)
-            np.testing.assert_allclose(again.logprobs, first.logprobs, atol=harness.sampler)
+            same_sample(harness, again, first)
         texts = {tuple(each.tokens.tolist()) for each in three.sequences}
         assert len(texts) == 3
     other = await one(harness, request(PROMPT, seed=1))
@@ -86,7 +85,7 @@ async def test_greedy_takes_the_most_probable_token(harness: Harness) -> None:
     """Whatever the seed; the logprobs are of the unscaled distribution."""
     first = await one(harness, request(PROMPT, temperature=0.0, seed=1, topk_sample_logprobs=2))
     again = await one(harness, request(PROMPT, temperature=0.0, seed=2))
-    np.testing.assert_array_equal(first.tokens, again.tokens)
+    same_sample(harness, first, again)
     assert first.topk is not None
     np.testing.assert_array_equal(first.topk.token_ids[:, 0], first.tokens)
     np.testing.assert_array_equal(first.topk.logprobs[:, 0], first.logprobs)
@@ -96,8 +95,8 @@ async def test_top_k_of_one_is_greedy(harness: Harness) -> None:
     greedy = await one(harness, request(PROMPT, temperature=0.0))
     cut = await one(harness, request(PROMPT, top_k=1, seed=3))
     tiny = await one(harness, request(PROMPT, top_p=1e-6, seed=4))
-    np.testing.assert_array_equal(greedy.tokens, cut.tokens)
-    np.testing.assert_array_equal(greedy.tokens, tiny.tokens)
+    same_sample(harness, greedy, cut)
+    same_sample(harness, greedy, tiny)
 
 
 async def test_draws_follow_the_distribution_and_its_cuts(harness: Harness) -> None:
@@ -138,7 +137,8 @@ async def test_temperature_scales_the_logprobs(harness: Harness) -> None:
         )
         assert sequence.topk is not None
         tops[temperature] = sequence.topk
-    np.testing.assert_array_equal(tops[1.0].token_ids, tops[2.0].token_ids)
+    if harness.exact_draws:  # elsewhere logits may tie
+        np.testing.assert_array_equal(tops[1.0].token_ids, tops[2.0].token_ids)
     plain, halved = np.diff(tops[1.0].logprobs[0]), np.diff(tops[2.0].logprobs[0])
     np.testing.assert_allclose(halved, plain / 2, atol=1e-4)
 
@@ -194,9 +194,10 @@ async def test_the_context_length_ends_a_sequence(harness: Harness) -> None:
 async def test_prompt_scores_alone(harness: Harness) -> None:
     """``max_tokens`` 0 draws nothing."""
     result = await harness.backend.sample(
-        request(PROMPT, max_tokens=0, prompt_logprobs=True, topk_prompt_logprobs=3)
+        request(PROMPT, num_samples=2, max_tokens=0, prompt_logprobs=True, topk_prompt_logprobs=3)
     )
-    assert all(len(each.tokens) == 0 for each in result.sequences)
+    assert [len(each.tokens) for each in result.sequences] == [0, 0]
+    assert all(each.stop_reason is StopReason.LENGTH for each in result.sequences)
     assert result.prompt_logprobs is not None
     assert result.prompt_logprobs.shape == (len(PROMPT),)
     assert np.isnan(result.prompt_logprobs[0])
@@ -265,7 +266,8 @@ async def test_alternatives_are_drawn_for_each_prompt_position(harness: Harness)
         request(PROMPT, target_prompt_tokens=tokens.tolist(), prompt_alt_tokens_k=6, seed=3)
     )
     assert scored.prompt_alt is not None
-    np.testing.assert_array_equal(scored.prompt_alt.token_ids, tokens)
+    if harness.exact_draws:
+        np.testing.assert_array_equal(scored.prompt_alt.token_ids, tokens)
     assert scored.target_prompt_logprobs is not None
     np.testing.assert_allclose(scored.target_prompt_logprobs, logprobs, atol=harness.sampler)
 
@@ -333,8 +335,7 @@ async def test_a_training_state_can_be_published(harness: Harness, tmp_path: Pat
         await one(harness, request(PROMPT, snapshot_id=snapshot_id, seed=4))
         for snapshot_id in ("exported", "state")
     ]
-    np.testing.assert_array_equal(sequences[0].tokens, sequences[1].tokens)
-    np.testing.assert_array_equal(sequences[0].logprobs, sequences[1].logprobs)
+    same_sample(harness, sequences[0], sequences[1])
 
 
 async def test_unknown_and_retired_snapshots_are_refused(harness: Harness, tmp_path: Path) -> None:
@@ -394,13 +395,7 @@ async def test_sixteen_requests_at_once_equal_each_alone(harness: Harness, tmp_p
     for first, second in zip(alone, together, strict=True):
         for one_sequence, other in zip(first.sequences, second.sequences, strict=True):
             assert len(one_sequence.tokens) == len(other.tokens)
-            # Rounding may turn a draw where two tokens meet; until then, all is equal.
-            same = int(np.argmin([*(one_sequence.tokens == other.tokens), False]))
-            np.testing.assert_allclose(
-                one_sequence.logprobs[:same], other.logprobs[:same], atol=harness.sampler
-            )
-            if harness.name != "local-bfloat16":
-                np.testing.assert_array_equal(one_sequence.tokens, other.tokens)
+            same_sample(harness, one_sequence, other)
 
 
 async def test_a_cancelled_request_ends_with_a_user_error(harness: Harness) -> None:

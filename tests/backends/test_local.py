@@ -191,6 +191,29 @@ async def test_close_during_a_restart_leaves_no_process(tiny_llama: Path) -> Non
         assert len(engines_of_this_process()) == len(before) - 1
 
 
+async def test_close_during_the_start_leaves_no_process(tiny_llama: Path) -> None:
+    before = engines_of_this_process()
+    backend = backend_of(tiny_llama)
+    starting = asyncio.create_task(backend.start())
+    while engines_of_this_process() == before:  # noqa: ASYNC110  it is only seen from outside
+        await asyncio.sleep(0.02)
+    await backend.close()
+    with pytest.raises(BackendDead, match="closed"):
+        await starting
+    assert engines_of_this_process() == before
+
+
+async def test_a_cancelled_start_leaves_no_process(tiny_llama: Path) -> None:
+    before = engines_of_this_process()
+    starting = asyncio.create_task(backend_of(tiny_llama).start())
+    while engines_of_this_process() == before:  # noqa: ASYNC110  it is only seen from outside
+        await asyncio.sleep(0.02)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert engines_of_this_process() == before
+
+
 PARENT = """
 import asyncio, sys
 from pathlib import Path

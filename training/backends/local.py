@@ -77,6 +77,9 @@ class LocalBackend:
     async def start(self) -> None:
         """Returns with the model loaded. Raises ``ConfigError`` where it cannot be."""
         child = await self._spawn()
+        if self._ended is not None:  # closed while it was loading
+            await child.close(0.0)
+            raise BackendDead(self._ended)
         await self._adopt(child)
         self._supervisor = asyncio.create_task(self._supervise())
 

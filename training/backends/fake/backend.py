@@ -24,17 +24,13 @@ from training.core.errors import BackendDead, UnitError, UserError
 from training.losses import LOSSES
 from training.models.registry import served_model_info
 
-VOCAB_SIZE = 512
-CONTEXT_LENGTH = 4096
-EOS_TOKEN_IDS: tuple[int, ...] = (2,)
-
 
 class FakeBackend:
     """A backend whose answers are exact and instant.
 
-    With a ``path``, vocabulary, context length and end tokens are those of the files there, and
-    texts those of its ``tokenizer.json``; otherwise there are ``vocab_size`` tokens and token i
-    reads as the character of code point i.
+    Vocabulary, context length and end tokens are those that ``served_model_info`` tells of the
+    model. Texts are those of the ``tokenizer.json`` in its ``path``; without
+    one, token i reads as the character of code point i.
     ``delay_s`` is slept before each training call and each turn of a sample, for load tests.
     """
 
@@ -43,16 +39,11 @@ class FakeBackend:
         model: ModelConfig,
         config: TrainingConfig,
         *,
-        vocab_size: int = VOCAB_SIZE,
         delay_s: float = 0.0,
     ) -> None:
-        context_length, eos_token_ids = model.context_length or CONTEXT_LENGTH, EOS_TOKEN_IDS
-        if model.path is not None:
-            info = served_model_info(model, config)
-            vocab_size, context_length = info.vocab_size, info.context_length
-            eos_token_ids = info.eos_token_ids
-        self._text_of = sampler.texts(model.path, vocab_size)
-        self._base = BaseWeights(vocab_size)
+        info = served_model_info(model, config)
+        self._text_of = sampler.texts(model.path, info.vocab_size)
+        self._base = BaseWeights(info.vocab_size)
         self._base_view = HeadView(self._base, None, {})
         self._delay_s = delay_s
         self._training = asyncio.Lock()
@@ -65,9 +56,9 @@ class FakeBackend:
         self._generation = 0
         self._capabilities = Capabilities(
             base_model=model.name,
-            vocab_size=vocab_size,
-            context_length=context_length,
-            eos_token_ids=eos_token_ids,
+            vocab_size=info.vocab_size,
+            context_length=info.context_length,
+            eos_token_ids=info.eos_token_ids,
             max_slots=config.engine.max_slots,
             max_lora_rank=config.engine.max_lora_rank,
             losses=frozenset(LOSSES),
