@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -19,10 +20,12 @@ from pydantic import (
 from training.core.errors import InvalidRequest, TooLarge
 from training.wire.records import OtherChunk, TextChunk, WireChunk, WireTensor
 
-MAX_JSON_BYTES = 64 * 2**20
+MAX_JSON_BYTES = 32 * 2**20
 """Parsed JSON takes many times its size in memory, so it is held shorter than protobuf bodies."""
 
 MAX_METADATA_BYTES = 64 * 2**10
+MAX_ENTRIES = 64
+MAX_CHUNKS = 16384
 _MAX_PROBLEMS = 5
 
 
@@ -40,13 +43,31 @@ def _storable(metadata: dict[str, Any]) -> dict[str, Any]:
     return storable
 
 
+def _all_text(metadata: dict[str, Any]) -> dict[str, Any]:
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("must map text to text")
+    return metadata
+
+
+def _few(value: object) -> object:
+    if isinstance(value, dict) and len(value) > MAX_ENTRIES:
+        raise ValueError(f"has {len(value)} entries; limit {MAX_ENTRIES}")
+    return value
+
+
 # NUL is the one character that a PostgreSQL text column cannot hold.
 Text = Annotated[str, StringConstraints(max_length=2000, pattern=r"^[^\x00]*$")]
 Id = Annotated[str, StringConstraints(min_length=1, max_length=400, pattern=r"^[^\x00]*$")]
 Seq = Annotated[int, Field(ge=0, lt=2**63)]
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Metadata = Annotated[dict[Text, Any], AfterValidator(_storable)]
-TextMetadata = Annotated[dict[Text, Text], AfterValidator(_storable)]
+Metadata = Annotated[dict[str, Any], AfterValidator(_storable)]
+TextMetadata = Annotated[dict[str, Any], AfterValidator(_storable), AfterValidator(_all_text)]
+
+# A wrong body must not cost more than a right one: every problem that pydantic collects takes some
+# 500 bytes, so lists stop at their first one, and lists of objects and dicts have a limit.
+_T = TypeVar("_T")
+ListOf = Annotated[list[_T], Field(fail_fast=True)]
+FewOf = Annotated[dict[Text, _T], BeforeValidator(_few)]
 
 
 class WireModel(BaseModel):
@@ -88,11 +109,11 @@ def _explain(error: ValidationError) -> str:
 
 
 class TensorJson(WireModel):
-    data: Annotated[list[int] | list[float], Field(union_mode="left_to_right")]
+    data: Annotated[ListOf[int] | ListOf[float], Field(union_mode="left_to_right")]
     dtype: Literal["float32", "int64"]
-    shape: list[Int64] | None = None
-    sparse_crow_indices: list[int] | None = None
-    sparse_col_indices: list[int] | None = None
+    shape: ListOf[Int64] | None = None
+    sparse_crow_indices: ListOf[int] | None = None
+    sparse_col_indices: ListOf[int] | None = None
 
     def to_wire(self, where: str) -> WireTensor:
         crow, col = self.sparse_crow_indices, self.sparse_col_indices
@@ -110,7 +131,7 @@ class ChunkJson(WireModel):
     """``type`` is open: what is not text is refused later, by name."""
 
     type: Text = "encoded_text"
-    tokens: list[int] | None = None
+    tokens: ListOf[int] | None = None
 
     def to_wire(self, where: str) -> WireChunk:
         if self.type != "encoded_text":
@@ -121,7 +142,7 @@ class ChunkJson(WireModel):
 
 
 class ModelInputJson(WireModel):
-    chunks: list[ChunkJson]
+    chunks: ListOf[ChunkJson] = Field(max_length=MAX_CHUNKS)
 
     def to_wire(self, where: str) -> list[WireChunk]:
         return [chunk.to_wire(f"{where}[{index}]") for index, chunk in enumerate(self.chunks)]

@@ -4,14 +4,15 @@ known ones are of exactly the type stated. What the values mean is checked in ``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import AliasChoices, AwareDatetime, Field
 
 from training.wire.json_base import (
+    FewOf,
     Id,
     Int64,
+    ListOf,
     Metadata,
     ModelInputJson,
     Seq,
@@ -32,7 +33,7 @@ class ClientConfigRequest(WireModel):
 class CreateSessionRequest(WireModel):
     """``session_id`` is our own Sessions API's; the SDK never sends it."""
 
-    tags: list[Text] = Field(default_factory=list, max_length=1000)
+    tags: ListOf[Text] = Field(default_factory=list, max_length=1000)
     user_metadata: Metadata | None = None
     sdk_version: Text | None = None
     project_id: Id | None = None
@@ -150,7 +151,7 @@ class SaveWeightsExternalRequest(WireModel):
     path: Text
     seq_id: Seq | None = None
     ttl_seconds: Int64 | None = None
-    age_encryption_recipients: list[Text] | None = Field(None, max_length=10)
+    age_encryption_recipients: ListOf[Text] | None = Field(None, max_length=10)
 
 
 class CopyWeightsRequest(WireModel):
@@ -174,7 +175,7 @@ class CreateCustomLossRequest(WireModel):
 
 class DatumJson(WireModel):
     model_input: ModelInputJson
-    loss_fn_inputs: dict[Text, TensorJson] = Field(default_factory=dict, max_length=64)
+    loss_fn_inputs: FewOf[TensorJson] = Field(default_factory=dict)
 
     def to_wire(self, where: str) -> WireDatum:
         return WireDatum(
@@ -187,9 +188,9 @@ class DatumJson(WireModel):
 
 
 class TrainInputJson(WireModel):
-    data: list[DatumJson]
+    data: ListOf[DatumJson] = Field(max_length=1024)
     loss_fn: Text
-    loss_fn_config: dict[Text, float | str] | None = None
+    loss_fn_config: FewOf[float | str] | None = None
 
 
 class TrainJsonRequest(WireModel):
@@ -231,7 +232,7 @@ class SamplingParamsJson(WireModel):
 
     max_tokens: Int64 | None = None
     seed: int | None = None
-    stop: str | list[str] | list[int] | None = None
+    stop: str | ListOf[str] | ListOf[int] | None = None
     temperature: float = 1.0
     top_k: Int64 = -1
     top_p: float = 1.0
@@ -273,7 +274,7 @@ class RetrieveFuturesRequest(WireModel):
     target: FuturesTarget
     prev_cursor: Seq = 0
     timeout: float | None = None
-    retrieved_request_ids: list[Id] = Field(default_factory=list, max_length=100_000)
+    retrieved_request_ids: ListOf[Id] = Field(default_factory=list, max_length=100_000)
 
 
 # --------------------------------------------------------------------------- REST
@@ -289,12 +290,14 @@ class SetTtlRequest(WireModel):
 
 class SearchOwner(WireModel):
     type: Literal["own", "accessible", "user"] = "own"
-    owner_urns: list[Text] | None = Field(None, min_length=1, max_length=10)
+    owner_urns: ListOf[Text] | None = Field(None, min_length=1, max_length=10)
 
 
 class SessionStatusQuery(WireModel):
     type: Literal["active", "cancelled", "failed", "client_finished"]
-    reasons: list[Literal["success", "errored", "interrupted"]] | None = None
+    reasons: ListOf[Literal["success", "errored", "interrupted"]] | None = Field(
+        None, max_length=10
+    )
 
 
 class SessionSearchCursor(WireModel):
@@ -304,10 +307,10 @@ class SessionSearchCursor(WireModel):
 
 class SessionSearchRequest(WireModel):
     session_id: Id | None = None
-    project_ids: list[Id] | None = None
-    user_metadata: Mapping[str, str] = Field(default_factory=dict)
+    project_ids: ListOf[Id] | None = Field(None, max_length=1000)
+    user_metadata: TextMetadata = Field(default_factory=dict)
     display_name: Text | None = Field(None, min_length=1)
     owner: SearchOwner = SearchOwner()
-    statuses: list[SessionStatusQuery] | None = None
+    statuses: ListOf[SessionStatusQuery] | None = Field(None, max_length=10)
     limit: int = Field(50, ge=1, le=200)
     cursor: SessionSearchCursor | None = None
