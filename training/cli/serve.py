@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 import uvicorn
@@ -19,9 +19,6 @@ from training.cli.output import err
 from training.config import DEVELOPMENT_KEY, TrainingConfig
 from training.core.errors import ConfigError
 from training.models.registry import resolve_model_path, served_model_info
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
 
 KEEP_ALIVE_S = 75
 """Longer than clients keep idle connections, so that the server is not the one to close them in
@@ -55,8 +52,9 @@ def serve(
         run(create_app(config), listener, lambda: banner(config, listener.getsockname()[1]))
 
 
-def run(app: FastAPI, listener: socket.socket, on_started: Callable[[], None]) -> None:
-    """Serves until SIGINT or SIGTERM, then finishes running requests and exits with 0."""
+def run(app: Callable[..., Any], listener: socket.socket, on_started: Callable[[], None]) -> None:
+    """Serves an ASGI application until SIGINT or SIGTERM, then finishes running requests and exits
+    with 0."""
     server = _Server(
         uvicorn.Config(
             app,
