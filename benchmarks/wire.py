@@ -1,7 +1,7 @@
 """Times the codecs: python -m benchmarks.wire
 
-Requests as the SDK sizes them (up to 5 MB): many short datums, or few long ones; then the largest
-request the server's default limits let through, and the peak memory of hostile ones.
+Requests as the SDK sizes them (up to 5 MB), of few long datums or many short ones; one far larger;
+and sampling answers.
 """
 
 from __future__ import annotations
