@@ -59,7 +59,10 @@ def main(arguments: list[str]) -> int:
     command += ["--host", "127.0.0.1", "--port", str(PORT)]
     with LOG.open("wb") as output, LOG.open() as log:
         server = subprocess.Popen(
-            command, env=os.environ | {"TINKER_API_KEY": KEY}, stdout=output, stderr=output
+            command,
+            env=os.environ | {"TINKER_API_KEY": KEY, "LOG_FORMAT": "console"},
+            stdout=output,
+            stderr=output,
         )
         try:
             if not wait_until_healthy(server, log):
