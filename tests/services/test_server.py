@@ -1,0 +1,344 @@
+"""The whole server below HTTP, on the fake backend: restarts, ends of sessions, slots, garbage."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import orjson
+import pytest
+import sqlalchemy as sa
+
+from training.config import (
+    EngineConfig,
+    ModelConfig,
+    SessionConfig,
+    StorageConfig,
+    TrainingConfig,
+)
+from training.core.errors import Gone, InvalidRequest, NotFound
+from training.core.records import FutureResult, FutureStatus, ModelStatus, SessionStatus
+from training.services.server import Server
+from training.storage import tables
+from training.storage.repositories import models, sessions
+from training.wire import tinkercloud_pb2 as pb
+from training.wire.json_base import ModelInputJson
+from training.wire.requests import (
+    CreateModelRequest,
+    CreateSamplingSessionRequest,
+    CreateSessionRequest,
+    LoraConfigJson,
+    OptimStepRequest,
+    SampleJsonRequest,
+    SamplingParamsJson,
+    SaveWeightsForSamplerRequest,
+    SaveWeightsRequest,
+)
+
+ME = "me"
+MODEL = "test/fake"
+
+
+def config(tmp_path: Path, max_slots: int = 4, expiry_s: float = 1800.0) -> TrainingConfig:
+    return TrainingConfig(
+        storage=StorageConfig(metadata_dir=tmp_path / "m", checkpoint_dir=tmp_path / "c"),
+        supported_models=(ModelConfig(name=MODEL, backend="fake"),),
+        engine=EngineConfig(max_slots=max_slots),
+        session=SessionConfig(expiry_s=expiry_s),
+    )
+
+
+@asynccontextmanager
+async def running(settings: TrainingConfig) -> AsyncIterator[Server]:
+    server = Server(settings)
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.close()
+
+
+class Client:
+    """One session's calls, numbered as the SDK numbers them."""
+
+    def __init__(self, server: Server, session_id: str) -> None:
+        self.server = server
+        self.session_id = session_id
+        self.seq = 0
+
+    @classmethod
+    async def connect(cls, server: Server) -> Client:
+        session = await server.sessions.create(ME, CreateSessionRequest())
+        return cls(server, session.session_id)
+
+    async def result(self, request_id: str) -> FutureResult:
+        result = await self.server.promises.wait(request_id, ME, 60)
+        assert result is not None
+        return result
+
+    async def create(self, number: int = 0, rank: int = 4) -> FutureResult:
+        request = CreateModelRequest(
+            session_id=self.session_id,
+            model_seq_id=number,
+            base_model=MODEL,
+            lora_config=LoraConfigJson(rank=rank, seed=1, train_attn=False, train_mlp=False),
+        )
+        return await self.result(await self.server.models.create(ME, request, b"{}"))
+
+    @property
+    def model_id(self) -> str:
+        return f"{self.session_id}:train:0"
+
+    async def train(self, loss: str = "cross_entropy") -> FutureResult:
+        self.seq += 1
+        body = train_body(self.model_id, self.seq, loss)
+        request_id, _ = await self.server.training.forward_backward(ME, body)
+        return await self.result(request_id)
+
+    async def step(self) -> FutureResult:
+        self.seq += 1
+        raw = {"model_id": self.model_id, "seq_id": self.seq, "adam_params": {}}
+        request = OptimStepRequest.model_validate(raw)
+        return await self.result(await self.server.training.optim_step(ME, request, b"{}"))
+
+    async def save(self, name: str, overwrite: bool = False) -> FutureResult:
+        self.seq += 1
+        request = SaveWeightsRequest(
+            model_id=self.model_id, path=name, seq_id=self.seq, overwrite=overwrite
+        )
+        return await self.result(await self.server.checkpoints.save_weights(ME, request, b"{}"))
+
+    async def save_for_sampler(self, number: int, kind: str = "snapshot") -> str:
+        self.seq += 1
+        request = SaveWeightsForSamplerRequest.model_validate(
+            {
+                "model_id": self.model_id,
+                "sampling_session_seq_id": number,
+                "kind": kind,
+                "seq_id": self.seq,
+            }
+        )
+        result = await self.result(
+            await self.server.checkpoints.save_for_sampler(ME, request, b"{}")
+        )
+        return str(orjson.loads(result.body)["sampling_session_id"])
+
+    async def sample(self, sampler: str, seq: int = 0, max_tokens: int = 4) -> FutureResult:
+        request = sample_request(sampler, seq, max_tokens)
+        payload = orjson.dumps(request.model_dump(exclude_none=True))
+        request_id, _ = await self.server.sampling.sample(ME, request, payload)
+        return await self.result(request_id)
+
+
+def train_body(model_id: str, seq: int, loss: str = "cross_entropy") -> bytes:
+    request = pb.ForwardBackwardRequest(model_id=model_id, seq_id=seq, loss_fn=loss)
+    datum = request.data.add()
+    datum.model_input.add().encoded_text.tokens = b"\1\0\0\0\2\0\0\0"
+    targets = datum.loss_fn_inputs["target_tokens"]
+    targets.dense, targets.dtype = b"\2" + b"\0" * 7 + b"\3" + b"\0" * 7, pb.DTYPE_INT64
+    weights = datum.loss_fn_inputs["weights"]
+    weights.dense, weights.dtype = b"\0\0\x80\x3f" * 2, pb.DTYPE_FLOAT32
+    return request.SerializeToString()
+
+
+def sample_request(sampler: str, seq: int, max_tokens: int) -> SampleJsonRequest:
+    prompt = ModelInputJson.model_validate({"chunks": [{"tokens": [1, 2, 3]}]})
+    return SampleJsonRequest(
+        prompt=prompt,
+        sampling_params=SamplingParamsJson(max_tokens=max_tokens),
+        sampling_session_id=sampler,
+        seq_id=seq,
+    )
+
+
+async def test_after_a_restart_what_was_lost_is_said_and_what_was_stored_is_there(
+    tmp_path: Path,
+) -> None:
+    settings = config(tmp_path)
+    async with running(settings) as server:
+        client = await Client.connect(server)
+        await client.create()
+        trained = await client.train()
+        await client.step()
+        saved = await client.save("keep")
+        path = orjson.loads(saved.body)["path"]
+        await server.hosts.get(MODEL).tasks.close()
+        pending, _ = await server.training.forward_backward(
+            ME, train_body(client.model_id, client.seq + 1)
+        )
+    assert trained.status is FutureStatus.DONE
+
+    async with running(settings) as server:
+        lost = await server.promises.wait(pending, ME, 60)
+        assert lost is not None
+        assert lost.status is FutureStatus.FAILED
+        assert "last checkpoint" in lost.error
+        model = await server.models.get(ME, client.model_id)
+        assert model.status is ModelStatus.LOST
+        with pytest.raises(Gone, match="last checkpoint"):
+            await server.training.forward_backward(ME, train_body(client.model_id, 9))
+        checkpoint = await server.models.training_checkpoint(ME, path)
+        assert server.files.verify(checkpoint.directory).is_dir()
+
+
+async def test_sampling_requests_run_again_and_draw_the_same_tokens(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    async with running(settings) as server:
+        client = await Client.connect(server)
+        sampler = await server.sampling.create_session(
+            ME,
+            CreateSamplingSessionRequest(
+                session_id=client.session_id, sampling_session_seq_id=0, base_model=MODEL
+            ),
+        )
+        request = sample_request(sampler.sampling_session_id, 0, 50)
+        payload = orjson.dumps(request.model_dump(exclude_none=True))
+        request_id, _ = await server.sampling.sample(ME, request, payload)
+        undisturbed = await client.result(request_id)
+        # As if the server had been killed before the result was stored.
+        await server.database.write(forget_result, request_id)
+    async with running(settings) as server:
+        again = await server.promises.wait(request_id, ME, 60)
+    assert again == undisturbed
+    assert len(pb.SampleResponse.FromString(undisturbed.body).sequences) == 1
+
+
+def forget_result(connection: sa.Connection, request_id: str) -> None:
+    connection.execute(sa.delete(tables.results).where(tables.results.c.request_id == request_id))
+    connection.execute(
+        sa.update(tables.futures)
+        .where(tables.futures.c.request_id == request_id)
+        .values(status=FutureStatus.PENDING, completion=None, finished_at=None)
+    )
+
+
+async def test_a_finished_session_frees_its_slots_and_its_ephemeral_weights(
+    tmp_path: Path,
+) -> None:
+    async with running(config(tmp_path, max_slots=1)) as server:
+        client = await Client.connect(server)
+        assert (await client.create()).status is FutureStatus.DONE
+        sampler = await client.save_for_sampler(0)
+        assert (await client.sample(sampler)).status is FutureStatus.DONE
+        assert len(server.files.names()) == 1
+
+        other = await Client.connect(server)
+        full = await other.create()
+        assert full.status is FutureStatus.FAILED
+        assert "full" in full.error
+
+        await server.sessions.finish(ME, client.session_id, "success", None)
+        assert server.files.names() == set()
+        assert server.hosts.get(MODEL).slots.available == 1
+        with pytest.raises(Gone, match="session ended"):
+            await server.training.forward_backward(ME, train_body(client.model_id, 5))
+        assert (await other.create(number=1)).status is FutureStatus.DONE
+
+
+async def test_a_silent_session_expires(tmp_path: Path) -> None:
+    async with running(config(tmp_path, expiry_s=0.2)) as server:
+        client = await Client.connect(server)
+        await client.create()
+        while True:
+            session = await server.database.read(sessions.get, client.session_id)
+            assert session is not None
+            if session.status is SessionStatus.EXPIRED:
+                break
+            await asyncio.sleep(0.02)
+        with pytest.raises(Gone):
+            await server.sessions.heartbeat(ME, client.session_id)
+        while (await server.database.read(models.get, client.model_id)) is not None:
+            model = await server.database.read(models.get, client.model_id)
+            assert model is not None
+            if model.status is ModelStatus.UNLOADED:
+                break
+            await asyncio.sleep(0.02)
+
+
+async def test_inflight_sessions_follow_the_newest_weights(tmp_path: Path) -> None:
+    async with running(config(tmp_path)) as server:
+        client = await Client.connect(server)
+        await client.create()
+        first = await client.save_for_sampler(0, "inflight")
+        fixed = await client.save_for_sampler(1, "snapshot")
+        await client.train()
+        await client.step()
+        second = await client.save_for_sampler(2, "inflight")
+        snapshots = {
+            name: (await server.sampling.get_session(ME, name)).snapshot_id
+            for name in (first, fixed, second)
+        }
+        assert snapshots[first] == snapshots[second] != snapshots[fixed]
+        assert len(server.files.names()) == 2
+        for name in (first, fixed, second):
+            assert (await client.sample(name)).status is FutureStatus.DONE
+
+
+async def test_a_name_is_taken_once_unless_overwritten(tmp_path: Path) -> None:
+    async with running(config(tmp_path)) as server:
+        client = await Client.connect(server)
+        await client.create()
+        assert (await client.save("a")).status is FutureStatus.DONE
+        again = await client.save("a")
+        assert (again.status, again.category.value) == (FutureStatus.FAILED, "user")
+        assert (await client.save("a", overwrite=True)).status is FutureStatus.DONE
+        assert len(server.files.names()) == 1
+        refused = await client.save("../../etc/passwd")
+        assert "not allowed" in refused.error
+
+
+async def test_what_belongs_to_others_is_not_there(tmp_path: Path) -> None:
+    async with running(config(tmp_path)) as server:
+        client = await Client.connect(server)
+        await client.create()
+        path = orjson.loads((await client.save("a")).body)["path"]
+        sampler = await client.save_for_sampler(0)
+        you = "you"
+        with pytest.raises(NotFound):
+            await server.models.get(you, client.model_id)
+        with pytest.raises(NotFound):
+            await server.training.forward_backward(you, train_body(client.model_id, 9))
+        with pytest.raises(NotFound):
+            await server.models.training_checkpoint(you, path)
+        with pytest.raises(NotFound):
+            await server.sampling.get_session(you, sampler)
+        with pytest.raises(NotFound):
+            await server.sessions.get(you, client.session_id)
+
+
+async def test_an_unknown_base_model_fails_as_a_promise_and_names_those_served(
+    tmp_path: Path,
+) -> None:
+    async with running(config(tmp_path)) as server:
+        client = await Client.connect(server)
+        request = CreateModelRequest(
+            session_id=client.session_id,
+            model_seq_id=0,
+            base_model="no/model",
+            lora_config=LoraConfigJson(),
+        )
+        result = await client.result(await server.models.create(ME, request, b"{}"))
+        assert (result.status, result.category.value) == (FutureStatus.FAILED, "user")
+        assert MODEL in result.error
+        with pytest.raises(InvalidRequest):
+            server.hosts.get("no/model")
+
+
+async def test_directories_that_nothing_refers_to_are_removed_at_start(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    async with running(settings) as server:
+        client = await Client.connect(server)
+        await client.create()
+        await client.save("keep")
+        sampler = await client.save_for_sampler(0)
+        staged = server.files.stage()
+        (staged / "x").write_bytes(b"x")
+        server.files.commit(staged, "orphan")
+        assert len(server.files.names()) == 3
+    async with running(settings) as server:
+        assert "orphan" not in server.files.names()
+        assert len(server.files.names()) == 2
+        revived = Client(server, client.session_id)
+        assert (await revived.sample(sampler, seq=5)).status is FutureStatus.DONE
