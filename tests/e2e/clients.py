@@ -58,6 +58,12 @@ def logprobs_of(output: types.ForwardBackwardOutput) -> list[np.ndarray[Any, Any
     return [item["logprobs"].to_numpy() for item in output.loss_fn_outputs]
 
 
+def numbers(values: Sequence[float | None] | None) -> np.ndarray[Any, Any]:
+    """float32, NaN where there is none."""
+    assert values is not None
+    return np.array(values, dtype=np.float32)
+
+
 def train(trainer: tinker.TrainingClient, data: list[types.Datum], steps: int = 1) -> list[float]:
     """Pipelined steps; the loss of each."""
     losses = []

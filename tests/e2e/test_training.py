@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def test_the_seed_decides_the_adapter(service: tinker.ServiceClient) -> None:
 
 
 def test_layer_groups_are_honoured(service: tinker.ServiceClient) -> None:
-    flags: tuple[dict[str, bool], ...] = (
+    flags: tuple[dict[str, Any], ...] = (
         {"train_mlp": False},
         {"train_attn": False, "train_unembed": False},
         {},
