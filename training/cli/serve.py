@@ -129,7 +129,7 @@ def banner(config: TrainingConfig, port: int) -> None:
     err.print(f"    export TINKER_BASE_URL={url}")
     err.print(f"    export TINKER_API_KEY={key}")
     err.print(f"\n  [dim]Without internet there, also: export HF_ENDPOINT={url}/hf[/]")
-    err.print("  [dim]Ctrl-C stops the server; nothing acknowledged is lost.[/]\n")
+    err.print("  [dim]Ctrl-C stops the server.[/]\n")
 
 
 def _reachable(host: str) -> str:

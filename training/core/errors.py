@@ -5,8 +5,7 @@
     │   ├── InvalidRequest        malformed or out of range
     │   ├── Unsupported           understood, but not offered by this server
     │   ├── Unauthenticated       no key, or a wrong one
-    │   ├── Forbidden             the object belongs to somebody else
-    │   ├── NotFound              no such object
+    │   ├── NotFound              no such object, or somebody else's
     │   ├── Gone                  the object existed and has ended
     │   ├── TooLarge              over a configured limit
     │   └── Busy                  over a queue limit; carries when to try again
@@ -53,10 +52,6 @@ class Unsupported(RequestError):
 
 
 class Unauthenticated(RequestError):
-    pass
-
-
-class Forbidden(RequestError):
     pass
 
 

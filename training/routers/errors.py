@@ -13,7 +13,6 @@ log = structlog.get_logger(__name__)
 STATUS: dict[type[errors.TinkercloudError], int] = {
     errors.RequestError: 400,
     errors.Unauthenticated: 401,
-    errors.Forbidden: 403,
     errors.NotFound: 404,
     errors.Gone: 410,
     errors.TooLarge: 413,

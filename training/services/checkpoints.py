@@ -9,7 +9,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import sqlalchemy as sa
 import structlog
 
 from training.core import ids
@@ -29,7 +28,7 @@ from training.core.threads import in_thread
 from training.services.models import LoadedModel, ModelService, readable_checkpoint
 from training.services.operations import OperationDesk
 from training.services.results import done_json
-from training.storage.database import Database
+from training.storage.database import Connection, Database
 from training.storage.files import CheckpointFiles
 from training.storage.repositories import checkpoints, sampling_sessions
 from training.wire.requests import SaveWeightsForSamplerRequest, SaveWeightsRequest
@@ -259,7 +258,7 @@ def checked_ttl(ttl_seconds: int | None) -> timedelta | None:
     return timedelta(seconds=ttl_seconds)
 
 
-def _insert_sampler(connection: sa.Connection, session: SamplingSession) -> list[str]:
+def _insert_sampler(connection: Connection, session: SamplingSession) -> list[str]:
     """Stores the session; an inflight one moves its model's earlier ones to its weights.
 
     Returns the snapshots that no session uses any longer.

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import sqlalchemy as sa
 import structlog
 
 from training.backends.base import LoraSpec
@@ -36,7 +35,7 @@ from training.services.hosts import Host, Hosts
 from training.services.operations import Incoming, OperationDesk
 from training.services.results import done_json
 from training.services.sessions import SessionService
-from training.storage.database import Database
+from training.storage.database import Connection, Database
 from training.storage.files import CheckpointFiles
 from training.storage.repositories import checkpoints, models
 from training.wire.requests import CreateModelRequest, LoadWeightsRequest
@@ -158,7 +157,7 @@ class ModelService:
     ) -> str:
         loaded = LoadedModel(model, host)
 
-        def also(connection: sa.Connection) -> None:
+        def also(connection: Connection) -> None:
             models.insert(connection, model)
 
         def opened() -> None:

@@ -6,14 +6,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import sqlalchemy as sa
-
 from training.core import ids
 from training.core.errors import InvalidRequest, TinkercloudError
 from training.core.operations import Operation, Work
 from training.core.records import FutureKind, Model, NewFuture, utcnow
 from training.services.hosts import Host
 from training.services.promises import Promises
+from training.storage.database import Connection
 from training.storage.repositories import models
 
 
@@ -62,7 +61,7 @@ class OperationDesk:
         incoming: Incoming,
         host: Host,
         work: Work,
-        also: Callable[[sa.Connection], None] | None = None,
+        also: Callable[[Connection], None] | None = None,
         opened: Callable[[], None] | None = None,
     ) -> str:
         """Commits the promise, then queues the work; a repetition does neither.
@@ -72,7 +71,7 @@ class OperationDesk:
         host.tasks.check_room(incoming.model_id)
         arrived_s = time.monotonic()
 
-        def store(connection: sa.Connection) -> None:
+        def store(connection: Connection) -> None:
             if also is not None:
                 also(connection)
             models.touch(connection, incoming.model_id, utcnow())

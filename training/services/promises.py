@@ -11,13 +11,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import sqlalchemy as sa
 import structlog
 
 from training.core.errors import NotFound, StorageError, TinkercloudError
 from training.core.records import Future, FutureResult, FutureStatus, NewFuture, utcnow
 from training.core.task_manager import failed
-from training.storage.database import Database
+from training.storage.database import Connection, Database
 from training.storage.repositories import futures
 
 log = structlog.get_logger(__name__)
@@ -47,14 +46,14 @@ class Promises:
         self._scope_watchers: dict[str, set[asyncio.Event]] = {}
 
     async def accept(
-        self, new: NewFuture, also: Callable[[sa.Connection], None] | None = None
+        self, new: NewFuture, also: Callable[[Connection], None] | None = None
     ) -> futures.Stored:
         """Commits the promise, and what ``also`` writes, in one transaction.
 
         A repeated (scope, seq) changes nothing and gets the promise of the first.
         """
 
-        def store(connection: sa.Connection) -> futures.Stored:
+        def store(connection: Connection) -> futures.Stored:
             stored = futures.insert(connection, new, utcnow())
             if stored.is_new and also is not None:
                 also(connection)

@@ -24,9 +24,12 @@ from training.core.errors import StorageError
 
 log = structlog.get_logger(__name__)
 
+Connection = sa.Connection
+"""What a statement runs on; callers name it without knowing SQLAlchemy."""
+
 P = ParamSpec("P")
 T = TypeVar("T")
-Statement = Callable[Concatenate[sa.Connection, P], T]
+Statement = Callable[Concatenate[Connection, P], T]
 
 MAX_GROUP = 256
 MIGRATIONS = Path(__file__).parent / "migrations"
