@@ -26,8 +26,12 @@ class Raw:
             headers={"X-API-Key": api_key or server.api_key},
             timeout=120.0,
         )
+        self._sessions: list[str] = []
 
     def close(self) -> None:
+        """Finishes its sessions, so that their models free their slots."""
+        for session_id in self._sessions:
+            self.post(f"/sessions/{session_id}/finish", {"reason": {"type": "success"}})
         self.http.close()
 
     def __enter__(self) -> Raw:
@@ -92,7 +96,8 @@ class Raw:
 
     def new_session(self) -> str:
         answer = self.post("/create_session", {"tags": [], "user_metadata": {}})
-        return str(answer.json()["session_id"])
+        self._sessions.append(str(answer.json()["session_id"]))
+        return self._sessions[-1]
 
     def create_model(self, session_id: str, model_seq_id: int = 0) -> httpx.Response:
         body = {
