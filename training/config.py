@@ -76,9 +76,16 @@ class EngineConfig(_Section):
     max_lora_rank: int = Field(256, gt=0)
     micro_batch_tokens: int = Field(2048, gt=0)
     """Tokens whose activations are alive at once; longer sequences are checkpointed."""
+    join_operations: bool = False
+    """Compute small operations of several models in one pass. Faster where operations are below
+    about 256 tokens, but then the last bits of a result depend on what it was computed with, and a
+    replay after a crash is no longer bit-identical."""
     kv_cache_tokens: int = Field(65536, gt=0)
     max_running_sequences: int = Field(64, gt=0)
     prefill_chunk_tokens: int = Field(1024, gt=0)
+    batch_invariant: bool = True
+    """Bring sampler steps on the CPU to sizes whose bfloat16 products do not depend on the size: a
+    request gives the same bits whoever runs beside it. Costs a lone request some speed."""
     max_sampling_adapters: int = Field(64, gt=0)
     """Published snapshots kept in memory; others are read again when a request needs them."""
     sampling_share: float = Field(0.5, gt=0, lt=1)
