@@ -24,7 +24,7 @@ SHAPE: Mapping[str, Any] = {
     "num_key_value_heads": 2,
     "intermediate_size": 96,
     "vocab_size": VOCAB_SIZE,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 2048,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "initializer_range": 0.15,
@@ -36,6 +36,14 @@ LLAMA3_ROPE: Mapping[str, Any] = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
+}
+WIDE: Mapping[str, Any] = {
+    **SHAPE,
+    "hidden_size": 576,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "initializer_range": 0.05,
 }
 CONFIGS: Mapping[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SHAPE),
@@ -50,6 +58,7 @@ CONFIGS: Mapping[str, PretrainedConfig] = {
     ),
     "qwen3": Qwen3Config(**SHAPE, head_dim=32),
     "qwen3-tied": Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=True),
+    "wide": LlamaConfig(**WIDE),
 }
 
 

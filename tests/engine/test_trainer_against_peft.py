@@ -50,7 +50,7 @@ def load_in_peft(checkpoint: Path, adapter: Path) -> PeftModel:
 
 def peft_logprobs(model: PeftModel, datum: Datum) -> torch.Tensor:
     tokens = torch.from_numpy(datum.tokens).long()[None]
-    logprobs = model(tokens).logits[0].log_softmax(-1)
+    logprobs: torch.Tensor = model(tokens).logits[0].log_softmax(-1)
     return logprobs.gather(1, torch.from_numpy(datum.targets)[:, None])[:, 0]
 
 
@@ -80,7 +80,7 @@ def by_peft_name(trainer: Trainer, flat: torch.Tensor) -> dict[str, torch.Tensor
 
 @pytest.mark.parametrize(
     ("name", "spec"),
-    [(name, ALL) for name in CONFIGS]
+    [(name, ALL) for name in CONFIGS if name != "wide"]
     + [("llama", spec) for spec in (ATTN, MLP, UNEMBED)]
     + [("llama-tied", UNEMBED), ("qwen3", ATTN), ("qwen2", LoraSpec(4, 5, train_attn=False))],
 )

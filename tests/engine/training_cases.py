@@ -11,8 +11,10 @@ import torch
 from tests.engine.checkpoints import VOCAB_SIZE
 from training.backends.base import Datum, LoraSpec, TrainOp, TrainOutput, TrainUnit
 from training.config import EngineConfig
-from training.engine.adapter import AdapterLayout
+from training.engine.adapter import AdapterLayout, fresh_weights
 from training.engine.model import Transformer
+from training.engine.optimizer import AdamState
+from training.engine.state_files import write_state
 from training.engine.trainer import Trainer, UnitRun
 
 CPU = torch.device("cpu")
@@ -28,10 +30,12 @@ def make_trainer(
     *specs: LoraSpec,
     dtype: torch.dtype = torch.float32,
     micro_batch_tokens: int = 2048,
+    join_operations: bool = False,
 ) -> Trainer:
     """Slots 0, 1, ... hold adapters of ``specs`` with a B that is not zero."""
     model = Transformer.from_directory(checkpoint, CPU, dtype)
-    trainer = Trainer(model, EngineConfig(micro_batch_tokens=micro_batch_tokens), BASE_MODEL)
+    config = EngineConfig(micro_batch_tokens=micro_batch_tokens, join_operations=join_operations)
+    trainer = Trainer(model, config, BASE_MODEL)
     for slot, spec in enumerate(specs):
         load_random(trainer, slot, spec, checkpoint / f"random-adapter-{slot}")
     return trainer
@@ -39,10 +43,6 @@ def make_trainer(
 
 def load_random(trainer: Trainer, slot: int, spec: LoraSpec, directory: Path) -> None:
     """Loads a slot whose B is random: with the usual B of zero, half the gradients vanish."""
-    from training.engine.adapter import fresh_weights
-    from training.engine.optimizer import AdamState
-    from training.engine.state_files import write_state
-
     layout = AdapterLayout.of(trainer.model.config, spec)
     flat = fresh_weights(layout)
     generator = torch.Generator().manual_seed(spec.seed + 100)

@@ -139,6 +139,8 @@ def _spec_of(config: dict[str, Any]) -> LoraSpec:
         raise UserError(f"target_modules has unknown names {unknown}")
     try:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        if rank < 1:
+            raise ValueError(f"rank {rank}")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{CONFIG_FILE}: bad r or lora_alpha: {error}") from None
     return LoraSpec(

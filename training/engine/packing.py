@@ -1,7 +1,10 @@
 """Which sequences are computed together: operations are cut into chunks, chunks fill micro-batches.
 
 A chunk depends on its own operation alone, and gradients are summed chunk by chunk, so the cut is
-the same whoever else is in the unit.
+the same whoever else is in the unit. Joining chunks in one micro-batch is another matter: a matrix
+product rounds differently for another number of rows (measured: oneDNN's bfloat16 kernels below
+1024 rows, MKL's fp32 ones below 256), so a joined result is not bit for bit that of the operation
+alone. Alone, every number is the same function of the operation and the adapter.
 """
 
 from __future__ import annotations
@@ -37,13 +40,13 @@ class MicroBatch:
     oversized: bool
 
 
-def plan_micro_batches(unit: TrainUnit, budget_tokens: int) -> list[MicroBatch]:
-    """Chunks in order of operations, joined while they fit the budget."""
+def plan_micro_batches(unit: TrainUnit, budget_tokens: int, join: bool) -> list[MicroBatch]:
+    """Chunks in order of operations: each alone, or joined while they fit the budget."""
     batches: list[MicroBatch] = []
     waiting: list[Chunk] = []
     waiting_tokens = 0
     for chunk in _chunks(unit, budget_tokens):
-        if waiting and waiting_tokens + chunk.num_tokens > budget_tokens:
+        if waiting and not (join and waiting_tokens + chunk.num_tokens <= budget_tokens):
             batches.append(MicroBatch(tuple(waiting), waiting_tokens > budget_tokens))
             waiting, waiting_tokens = [], 0
         waiting.append(chunk)

@@ -160,7 +160,10 @@ class Trainer:
         self._check(unit)
         work = _UnitWork(self.model, unit, self._slots, with_gradient)
         try:
-            for batch in plan_micro_batches(unit, self.config.micro_batch_tokens):
+            config = self.config
+            for batch in plan_micro_batches(
+                unit, config.micro_batch_tokens, config.join_operations
+            ):
                 work.micro_batch(batch)
                 yield
         except BackendError:
