@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,6 +141,25 @@ def test_packages_stay_where_they_belong(package: str) -> None:
         and unit_of(item.module) not in THIRD_PARTY[package]
     ]
     assert wrong == []
+
+
+def test_what_is_imported_is_declared() -> None:
+    """Directly, not only by way of what needs it too."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    declared = {
+        re.split(r"[^\w.-]", requirement)[0].lower().replace("_", "-")
+        for group in groups
+        for requirement in group
+    }
+    providers = packages_distributions()
+    packages = {item.target.split(".")[0] for item in imports() if not item.ours}
+    undeclared = [
+        package
+        for package in packages - sys.stdlib_module_names
+        if not {name.lower().replace("_", "-") for name in providers.get(package, [])} & declared
+    ]
+    assert undeclared == []
 
 
 def test_the_rules_notice_an_import_inside_a_function() -> None:
