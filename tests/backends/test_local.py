@@ -1,19 +1,25 @@
-"""The engine process around its work: start, death, restart, end."""
+"""The engine process around its work: start, death, restart, end.
+
+On uvloop, as the server runs it; the conformance suite runs on asyncio's own loop.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import shutil
 import signal
 import sys
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
+from typing import ParamSpec
 
 import numpy as np
 import pytest
+import uvloop
 
 from tests.backends.conftest import local_config
 from tests.backends.harness import datum, op, request, spec, unit
@@ -25,6 +31,15 @@ from training.config import EngineConfig, ModelConfig, TrainingConfig
 from training.core.errors import BackendDead, ConfigError, UserError
 
 PROMPT = (5, 6, 7)
+Given = ParamSpec("Given")
+
+
+def on_uvloop(test: Callable[Given, Coroutine[None, None, None]]) -> Callable[Given, None]:
+    @functools.wraps(test)
+    def run(*args: Given.args, **kwargs: Given.kwargs) -> None:
+        uvloop.run(test(*args, **kwargs))
+
+    return run
 
 
 def backend_of(path: Path, config: TrainingConfig | None = None) -> LocalBackend:
@@ -77,6 +92,7 @@ def engines_of_this_process() -> set[int]:
 # --------------------------------------------------------------------------- death
 
 
+@on_uvloop
 async def test_a_killed_engine_comes_back_without_slots_and_with_snapshots(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -118,6 +134,7 @@ async def test_a_killed_engine_comes_back_without_slots_and_with_snapshots(
         assert len(await backend.forward(unit(op(0, datum(VOCAB_SIZE, 5, 0))))) == 1
 
 
+@on_uvloop
 async def test_an_engine_over_its_restarts_is_given_up(tiny_llama: Path) -> None:
     async with running(tiny_llama, local_config(max_restarts=0)) as backend:
         long = request(PROMPT, max_tokens=400, num_samples=64)
@@ -132,6 +149,7 @@ async def test_an_engine_over_its_restarts_is_given_up(tiny_llama: Path) -> None
         assert "too often" in backend.health().detail
 
 
+@on_uvloop
 async def test_an_engine_that_cannot_load_again_is_given_up(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -158,6 +176,7 @@ def test_restarts_wait_longer_each_time_and_are_counted_in_a_window() -> None:
 # --------------------------------------------------------------------------- end
 
 
+@on_uvloop
 async def test_close_leaves_no_process(tiny_llama: Path) -> None:
     async with running(tiny_llama) as backend:
         pid = backend.engine_pid
@@ -170,6 +189,7 @@ async def test_close_leaves_no_process(tiny_llama: Path) -> None:
             await backend.sample(request(PROMPT))
 
 
+@on_uvloop
 async def test_close_ends_work_in_flight(tiny_llama: Path) -> None:
     async with running(tiny_llama) as backend:
         await backend.load_slot(0, spec())
@@ -180,6 +200,7 @@ async def test_close_ends_work_in_flight(tiny_llama: Path) -> None:
             await work
 
 
+@on_uvloop
 async def test_close_during_a_restart_leaves_no_process(tiny_llama: Path) -> None:
     async with running(tiny_llama) as backend:
         before = engines_of_this_process()
@@ -191,6 +212,7 @@ async def test_close_during_a_restart_leaves_no_process(tiny_llama: Path) -> Non
         assert len(engines_of_this_process()) == len(before) - 1
 
 
+@on_uvloop
 async def test_close_during_the_start_leaves_no_process(tiny_llama: Path) -> None:
     before = engines_of_this_process()
     backend = backend_of(tiny_llama)
@@ -203,6 +225,7 @@ async def test_close_during_the_start_leaves_no_process(tiny_llama: Path) -> Non
     assert engines_of_this_process() == before
 
 
+@on_uvloop
 async def test_a_cancelled_start_leaves_no_process(tiny_llama: Path) -> None:
     before = engines_of_this_process()
     starting = asyncio.create_task(backend_of(tiny_llama).start())
@@ -231,6 +254,7 @@ asyncio.run(main())
 """
 
 
+@on_uvloop
 async def test_an_engine_does_not_outlive_its_server(tiny_llama: Path) -> None:
     """Also in the middle of a unit: the server is killed, its engine is busy."""
     server = await asyncio.create_subprocess_exec(
@@ -252,11 +276,13 @@ async def test_an_engine_does_not_outlive_its_server(tiny_llama: Path) -> None:
 # --------------------------------------------------------------------------- start
 
 
+@on_uvloop
 async def test_a_path_without_a_model_is_a_configuration_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json"):
         await backend_of(tmp_path).start()
 
 
+@on_uvloop
 async def test_the_engine_tells_in_its_words_why_it_cannot_load(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -271,12 +297,14 @@ async def test_the_engine_tells_in_its_words_why_it_cannot_load(
         await backend_of(model).start()
 
 
+@on_uvloop
 async def test_a_context_length_over_the_models_own_is_refused(tiny_llama: Path) -> None:
     model = ModelConfig(name="tests/tiny", path=tiny_llama, context_length=CONTEXT_LENGTH + 1)
     with pytest.raises(ConfigError, match="context_length"):
         await LocalBackend(model, local_config()).start()
 
 
+@on_uvloop
 async def test_a_shorter_context_length_holds(tiny_llama: Path) -> None:
     model = ModelConfig(name="tests/tiny", path=tiny_llama, context_length=32)
     backend = LocalBackend(model, local_config())

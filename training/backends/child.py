@@ -32,7 +32,7 @@ def child_environment(engine: EngineConfig, environment: Mapping[str, str]) -> d
     glibc returns large freed blocks to the kernel and so faults every page of every activation
     in again; the MALLOC_ settings keep them (measured: 30 to 50 % of a training step on CPU).
     """
-    num_threads = str(engine.num_threads or len(os.sched_getaffinity(0)))
+    num_threads = str(engine.num_threads or _available_cores())
     return dict(environment) | {
         "MALLOC_MMAP_THRESHOLD_": str(1 << 33),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
@@ -45,6 +45,12 @@ def child_environment(engine: EngineConfig, environment: Mapping[str, str]) -> d
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "PYTHONUNBUFFERED": "1",
     }
+
+
+def _available_cores() -> int:
+    if sys.platform == "linux":  # containers and taskset leave us fewer than the machine has
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class EngineChild:
@@ -76,17 +82,12 @@ class EngineChild:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, ipc.SOCKET_BUFFER_BYTES)
         ours.setblocking(False)
         self._socket = ours
-        with theirs:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *("-m", "training.engine", "--fd", str(theirs.fileno())),
-                *("--parent", str(os.getpid())),
-                pass_fds=(theirs.fileno(),),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                env=child_environment(self._configure.engine, os.environ),
-            )
+        try:
+            with theirs:
+                self._process = await self._spawn(theirs.fileno())
+        except BaseException:
+            ours.close()
+            raise
         output = asyncio.create_task(self._forward_output())
         self._sender = asyncio.create_task(self._send_all())
         self._tasks = [output, self._sender]
@@ -103,6 +104,26 @@ class EngineChild:
         if isinstance(answer, ipc.StartFailed):
             raise ConfigError(answer.message)
         raise BackendDead(self.detail)
+
+    async def _spawn(self, fd: int) -> asyncio.subprocess.Process:
+        spawning = asyncio.create_task(
+            asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-m", "training.engine", "--fd", str(fd), "--parent", str(os.getpid())),
+                pass_fds=(fd,),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                env=child_environment(self._configure.engine, os.environ),
+            )
+        )
+        try:
+            return await asyncio.shield(spawning)
+        except asyncio.CancelledError:  # uvloop would leave a process half spawned behind
+            process = await spawning
+            process.kill()
+            await process.wait()
+            raise
 
     @property
     def pid(self) -> int:
