@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,18 +22,33 @@ from huggingface_hub.errors import (
 from tokenizers import Tokenizer
 
 from tests.models.test_client_cache import load_as_client
+from tests.servers import REPOSITORY, clean_environment
 from training.cli.serve import listening_socket
 from training.config import EMBEDDED_MODEL, HubConfig, ModelConfig, TrainingConfig
 from training.models.hub import LLAMA_3_TOKENIZER, HubMirror
 from training.routers.hub import hub_router
 
-WITH_WEIGHTS = "tests/llama"
+TINY = "tests/tiny"
+TINY_CONFIG = {
+    "architectures": ["TinyForCausalLM"],
+    "vocab_size": 8,
+    "max_position_embeddings": 16,
+}
 
 
-def mirror(embedded_model: Path, serve_weights: bool) -> HubMirror:
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    (directory / "config.json").write_text(json.dumps(TINY_CONFIG))
+    (directory / "model.safetensors").write_bytes(b"weights")
+    return directory
+
+
+def mirror(embedded_model: Path, tiny_model: Path, serve_weights: bool) -> HubMirror:
     models = (
         ModelConfig(name=EMBEDDED_MODEL, path=embedded_model),
         ModelConfig(name="meta-llama/Llama-3.2-1B", path=embedded_model),
+        ModelConfig(name=TINY, path=tiny_model),
         ModelConfig(name="tests/absent"),
         ModelConfig(name="tests/fake", backend="fake"),
     )
@@ -40,11 +57,11 @@ def mirror(embedded_model: Path, serve_weights: bool) -> HubMirror:
 
 
 @pytest.fixture(scope="module")
-def base_url(embedded_model: Path) -> Iterator[str]:
+def base_url(embedded_model: Path, tiny_model: Path) -> Iterator[str]:
     """A server of the mirror alone, and of one with weights below ``/weights``."""
     app, with_weights = FastAPI(), FastAPI()
-    app.include_router(hub_router(mirror(embedded_model, serve_weights=False)))
-    with_weights.include_router(hub_router(mirror(embedded_model, serve_weights=True)))
+    app.include_router(hub_router(mirror(embedded_model, tiny_model, serve_weights=False)))
+    with_weights.include_router(hub_router(mirror(embedded_model, tiny_model, serve_weights=True)))
     app.mount("/weights", with_weights)
     with listening_socket("127.0.0.1", 0) as listener:
         server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="warning"))
@@ -117,6 +134,26 @@ def test_weights_only_where_configured(base_url: str, embedded_model: Path, tmp_
     endpoint = f"{base_url}/weights/hf"
     path = hf_hub_download(EMBEDDED_MODEL, name, endpoint=endpoint, cache_dir=tmp_path)
     assert Path(path).stat().st_size == (embedded_model / name).stat().st_size
+
+
+def test_another_server_prepares_its_model_from_here(base_url: str, tmp_path: Path) -> None:
+    environment = clean_environment() | {
+        "HF_ENDPOINT": f"{base_url}/weights/hf",
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "0",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+
+    def tinkercloud(*arguments: str) -> str:
+        command = [sys.executable, "-m", "training.cli", *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        ).stdout
+
+    assert f"{TINY}: ready in {tmp_path}" in tinkercloud("models", "prepare", TINY)
+    assert "TinyForCausalLM, vocabulary of 8, 16 tokens" in tinkercloud(
+        "models", "list", "--model", TINY
+    )
 
 
 def test_head_and_get_agree(client: httpx.Client, embedded_model: Path) -> None:
