@@ -2,8 +2,9 @@
 
     python benchmarks/engine_training.py <model directory> [--shapes 8x128 32x256] [--repeats 5]
 
-Both train rank-32 LoRA on all linears in bfloat16 on the same data; runs alternate, and the
-median of each is printed. PEFT also adapts the head. Equal lengths are the best case of padding:
+Both train rank-32 LoRA on all linears and the head, in bfloat16 with fp32 adapter weights (PEFT's
+default; ``--narrow`` gives PEFT bfloat16 ones) on the same data; runs alternate, and the median of
+each is printed. Equal lengths are the best case of padding:
 PEFT's batches contain none. The engine starts its processes with the allocator settings that
 ``--tuned`` sets here.
 """
@@ -70,7 +71,7 @@ def engine_step(directory: Path, data: list[Datum], micro_batch_tokens: int) -> 
     return step
 
 
-def peft_step(directory: Path, data: list[Datum]) -> Step:
+def peft_step(directory: Path, data: list[Datum], narrow: bool) -> Step:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -80,7 +81,7 @@ def peft_step(directory: Path, data: list[Datum]) -> Step:
         base.config.tie_word_embeddings = False
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = LoraConfig(r=RANK, lora_alpha=32, target_modules=[*targets, "lm_head"])
-    model = get_peft_model(base, config, autocast_adapter_dtype=False)
+    model = get_peft_model(base, config, autocast_adapter_dtype=not narrow)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
     tokens = torch.from_numpy(np.stack([datum.tokens for datum in data])).long()
@@ -105,13 +106,15 @@ def timed(step: Step) -> float:
     return time.perf_counter() - start
 
 
-def compare(directory: Path, shape: str, repeats: int, micro_batch_tokens: int) -> None:
+def compare(
+    directory: Path, shape: str, repeats: int, micro_batch_tokens: int, narrow: bool
+) -> None:
     batch, length = (int(part) for part in shape.split("x"))
     vocab_size = 49152
     data = make_data(batch, length, vocab_size)
     steps = {
         "engine": engine_step(directory, data, micro_batch_tokens),
-        "peft": peft_step(directory, data),
+        "peft": peft_step(directory, data, narrow),
     }
     times: dict[str, list[float]] = {name: [] for name in steps}
     for name, step in steps.items():
@@ -134,6 +137,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["8x128", "8x512", "32x256"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--micro-batch-tokens", type=int, default=2048)
+    parser.add_argument("--narrow", action="store_true", help="bfloat16 adapter weights for PEFT")
     parser.add_argument("--tuned", action="store_true", help="with the engine's allocator settings")
     arguments = parser.parse_args()
     if arguments.tuned and any(
@@ -141,7 +145,13 @@ def main() -> None:
     ):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | TUNED_ALLOCATOR)
     for shape in arguments.shapes:
-        compare(arguments.directory, shape, arguments.repeats, arguments.micro_batch_tokens)
+        compare(
+            arguments.directory,
+            shape,
+            arguments.repeats,
+            arguments.micro_batch_tokens,
+            arguments.narrow,
+        )
 
 
 if __name__ == "__main__":

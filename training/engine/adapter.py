@@ -8,7 +8,7 @@ their A's are one matrix [g * r, in], their B's one matrix [sum of outs, r].
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -170,8 +170,7 @@ def fresh_weights(layout: AdapterLayout) -> torch.Tensor:
 class Segment(NamedTuple):
     """Rows [``start``, ``stop``) of a packed batch use ``adapter`` (None: the base model alone).
 
-    ``sink``: flat fp32 gradient buffer [num_params] that a backward pass adds to; None where the
-    adapter's gradient is not wanted.
+    ``sink``: what a backward pass adds the adapter's gradient to; None where it is not wanted.
     """
 
     adapter: Adapter | None
@@ -181,11 +180,35 @@ class Segment(NamedTuple):
 
 
 class GradientSink:
-    """Where one operation's adapter gradient is summed: a flat fp32 buffer and views of it."""
+    """Sums one operation's adapter gradient in ``flat``, fp32 [num_params] of any content.
+
+    The first addition to a group overwrites it: filling with zeros first and reading them back
+    would cost two more passes over memory. ``finish`` zeroes what nothing was added to.
+    """
 
     def __init__(self, layout: AdapterLayout, flat: torch.Tensor) -> None:
-        self.flat = flat
+        self._flat = flat
         self._views = layout.views(flat)
+        self._untouched = set(self._views)
 
-    def group(self, layer: int, group: Group) -> LoraMatrices | None:
-        return self._views.get((layer, group))
+    def holds(self, layer: int, group: Group) -> bool:
+        return (layer, group) in self._views
+
+    def add(self, layer: int, group: Group, da: torch.Tensor, dbs: Sequence[torch.Tensor]) -> None:
+        """``da`` [g * r, in]; ``dbs`` [out, r] of each projection. Of any dtype."""
+        a, b, out_sizes = self._views[layer, group]
+        parts = zip((a, *torch.split(b, out_sizes)), (da, *dbs), strict=True)
+        first = (layer, group) in self._untouched
+        self._untouched.discard((layer, group))
+        for into, value in parts:
+            if first:
+                into.copy_(value)
+            else:
+                into.add_(value)
+
+    def finish(self) -> torch.Tensor:
+        """The sum; nothing is added after."""
+        for key in self._untouched:
+            self._views[key].a.zero_()
+            self._views[key].b.zero_()
+        return self._flat

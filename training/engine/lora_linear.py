@@ -55,7 +55,7 @@ def _anchor(
     """An empty leaf that makes autograd visit this node though its input needs no gradient."""
     if x_TI.requires_grad:
         return None
-    if any(segment.sink and segment.sink.group(layer, group) for segment in segments):
+    if any(segment.sink and segment.sink.holds(layer, group) for segment in segments):
         return torch.empty(0, requires_grad=True)
     return None
 
@@ -107,9 +107,12 @@ def _backward(
         rows = slice(segment.start, segment.stop)
         pair, rank = _pair(segment.adapter, layer, group), _rank(segment.adapter)
         dz_TR = _reduced_gradient(dy_TO[rows], pair, segment.adapter)
-        into = segment.sink.group(layer, group) if segment.sink else None
-        if into is not None:
-            _add_gradients(into, x_TI[rows], z_TR, dy_TO[rows], dz_TR, rank)
+        if segment.sink is not None:
+            dys = torch.split(dy_TO[rows], pair.out_sizes, 1)
+            zs = torch.split(z_TR, rank, 1)
+            # (z^T dy)^T was measured a tenth faster than dy^T z.
+            dbs = [(z.T @ dy).T for dy, z in zip(dys, zs, strict=True)]
+            segment.sink.add(layer, group, dz_TR.T @ x_TI[rows], dbs)
         if dx_TI is not None:
             dx_TI[rows].addmm_(dz_TR, pair.a)
     return dx_TI
@@ -124,22 +127,6 @@ def _reduced_gradient(
     bs = torch.split(pair.b, pair.out_sizes)
     parts = [dy @ b for dy, b in zip(dys, bs, strict=True)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).mul_(adapter.scale)
-
-
-def _add_gradients(
-    into: LoraMatrices,
-    x_TI: torch.Tensor,
-    z_TR: torch.Tensor,
-    dy_TO: torch.Tensor,
-    dz_TR: torch.Tensor,
-    rank: int,
-) -> None:
-    """Adds this segment's dA and dB to its sink, in fp32."""
-    into.a.add_(dz_TR.T @ x_TI)
-    dys = torch.split(dy_TO, into.out_sizes, 1)
-    bs = torch.split(into.b, into.out_sizes)
-    for dy, z, b in zip(dys, torch.split(z_TR, rank, 1), bs, strict=True):
-        b.add_((z.T @ dy).T)  # measured a tenth faster than dy^T z
 
 
 def _pair(adapter: Adapter | None, layer: int, group: Group) -> LoraMatrices:

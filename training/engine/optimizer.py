@@ -15,6 +15,7 @@ from training.backends.base import AdamParams, OptimOutput
 
 CLIP_EPSILON = 1e-6
 """As in ``torch.nn.utils.clip_grad_norm_``."""
+NORM_BLOCK = 2**16
 
 
 @dataclass(eq=False)
@@ -34,7 +35,7 @@ def adamw_step(
     weights: torch.Tensor, gradient: torch.Tensor, state: AdamState, params: AdamParams
 ) -> OptimOutput:
     """One step, in place; ``gradient`` may be overwritten. Refused if it is not finite."""
-    norm = torch.linalg.vector_norm(gradient, dtype=torch.float64).item()
+    norm = global_norm(gradient)
     if not math.isfinite(norm):
         return OptimOutput(error=f"the gradient is not finite (norm {norm}); step refused")
     if params.grad_clip_norm > 0:
@@ -57,3 +58,13 @@ def adamw_step(
     weights.grad = None
     state.step += 1
     return OptimOutput(metrics={"grad_norm": norm, "optimizer_step": float(state.step)})
+
+
+def global_norm(gradient: torch.Tensor) -> float:
+    """In fp32 by blocks (ten times faster than in fp64 on a CPU), in fp64 across them; wholly in
+    fp64 where an fp32 square overflows."""
+    blocks = [torch.linalg.vector_norm(block) for block in torch.split(gradient, NORM_BLOCK)]
+    norm = torch.linalg.vector_norm(torch.stack(blocks), dtype=torch.float64).item()
+    if math.isfinite(norm):
+        return norm
+    return torch.linalg.vector_norm(gradient, dtype=torch.float64).item()

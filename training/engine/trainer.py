@@ -276,7 +276,7 @@ class _UnitWork:
 
     def _sink(self, op_index: int, adapter: Adapter) -> GradientSink:
         if op_index not in self._sinks:
-            flat = torch.zeros(adapter.layout.num_params, device=self.model.device)
+            flat = torch.empty(adapter.layout.num_params, device=self.model.device)
             self._sinks[op_index] = GradientSink(adapter.layout, flat)
         return self._sinks[op_index]
 
@@ -312,6 +312,6 @@ class _UnitWork:
         """slot gradient + operation gradient, always in this order and never in place of the
         slot's own buffer: the unit may yet fail."""
         slot = self.unit.ops[op_index].slot
-        gradient = self._sinks.pop(op_index).flat
+        gradient = self._sinks.pop(op_index).finish()
         before = self.gradients.get(slot, self.slots[slot].gradient)
         self.gradients[slot] = gradient if before is None else gradient.add_(before)
