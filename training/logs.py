@@ -12,7 +12,9 @@ import structlog
 def configure_logging(log_format: Literal["auto", "console", "json"] = "auto") -> None:
     on_terminal = sys.stderr.isatty() if log_format == "auto" else log_format == "console"
     renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer() if on_terminal else structlog.processors.JSONRenderer()
+        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        if on_terminal
+        else structlog.processors.JSONRenderer()
     )
     structlog.configure(
         processors=[
