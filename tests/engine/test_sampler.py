@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.engine.checkpoints import SHAPE
 from tests.engine.sampler_cases import (
     ask,
     make_model_directory,
@@ -22,6 +23,7 @@ from training.backends.base import Int32Array, SampleResult, StopReason
 from training.core.errors import UserError
 
 TOLERANCE = 1e-4
+CONTEXT_LENGTH: int = SHAPE["max_position_embeddings"]
 
 
 @pytest.fixture(scope="module")
@@ -217,12 +219,14 @@ def test_what_never_fits_is_refused_at_once(directory: Path) -> None:
 
 def test_the_context_limit_ends_with_length(directory: Path) -> None:
     sampler = make_sampler(directory)
-    (sequence,) = sample_one(sampler, ask(random_prompt(500), max_tokens=100)).sequences
+    limit = sampler.max_sequence_tokens
+    assert limit == CONTEXT_LENGTH
+    (sequence,) = sample_one(sampler, ask(random_prompt(limit - 12), max_tokens=100)).sequences
     assert (len(sequence.tokens), sequence.stop_reason) == (12, StopReason.LENGTH)
-    (sequence,) = sample_one(sampler, ask(random_prompt(512), max_tokens=1)).sequences
+    (sequence,) = sample_one(sampler, ask(random_prompt(limit), max_tokens=1)).sequences
     assert len(sequence.tokens) == 1
     with pytest.raises(UserError, match="context"):
-        sampler.submit(ask(random_prompt(513), max_tokens=1))
+        sampler.submit(ask(random_prompt(limit + 1), max_tokens=1))
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,38 @@ def test_a_mixed_batch_equals_each_alone(directory: Path) -> None:
             np.testing.assert_allclose(result.prompt_logprobs, alone.prompt_logprobs, atol=1e-5)
 
 
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="measured with AMX")
+@pytest.mark.parametrize("prefill_chunk_tokens", [17, 64])
+def test_bfloat16_results_have_the_same_bits_in_any_company(
+    directory: Path, prefill_chunk_tokens: int
+) -> None:
+    """Other rows, other chunks, reused beginnings: tokens and logprobs stay as they are alone."""
+    snapshots = [None, *SPECS]
+    prompt = random_prompt(70)
+    requests = [
+        ask(
+            prompt[: 5 + 6 * index],
+            f"r{index}",
+            snapshot_id=snapshots[index % 3],
+            seed=index,
+            num_samples=1 + index % 4,
+            max_tokens=30,
+            prompt_logprobs=index % 2 == 0,
+        )
+        for index in range(11)
+    ]
+    settings = {"dtype": torch.bfloat16, "max_running_sequences": 9}
+    company = adapted_sampler(directory, prefill_chunk_tokens=prefill_chunk_tokens, **settings)
+    together = sample_all(company, requests)
+    assert any(result.prompt_cache_hit_tokens for result in together)
+    for request, result in zip(requests, together, strict=True):
+        alone = sample_one(adapted_sampler(directory, **settings), request)
+        assert_same(result, alone, tolerance=0)
+        if alone.prompt_logprobs is not None:
+            assert result.prompt_logprobs is not None
+            np.testing.assert_array_equal(result.prompt_logprobs, alone.prompt_logprobs)
+
+
 def test_prefixes_are_not_shared_between_weights(directory: Path) -> None:
     sampler = adapted_sampler(directory)
     prompt = random_prompt(40)

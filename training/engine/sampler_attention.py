@@ -2,8 +2,9 @@
 
 Chunks of a single row (decoding) are computed together: those whose extents have one size and lie
 near each other form a run, read as one strided view of the cache. Longer chunks (prefill) are
-computed one by one. Query heads that share a kv head are the query "positions" of that head, so K
-and V are never repeated.
+computed one by one, with a mask even where they begin the sequence: in bfloat16 on the CPU the
+masked kernel gives a row the same bits whatever rows are beside it, the causal one does not. Query
+heads that share a kv head are the query "positions" of that head, so K and V are never repeated.
 
 Shape legend: T packed rows, N heads, K kv heads, G = N / K, D head_dim, n sequences of a run,
 L cache tokens read, t rows of a chunk.
@@ -64,12 +65,14 @@ class Span:
     num_rows: int
     base: int
     length: int
-    is_causal: bool
     masks: Masks
 
 
 class StepAttention:
-    """The ``Attention`` of one forward pass over ``chunks``, packed in their order."""
+    """The ``Attention`` of one forward pass over ``chunks``, packed in their order.
+
+    Rows after theirs are padding: they are neither stored nor attended to.
+    """
 
     def __init__(
         self, config: ModelConfig, cache: KvCache, chunks: Sequence[Chunk], device: torch.device
@@ -98,12 +101,13 @@ class StepAttention:
         self, layer: int, q_TND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
     ) -> torch.Tensor:
         k_CKD, v_CKD = self._cache.k[layer], self._cache.v[layer]
-        k_CKD.index_copy_(0, self._slots_T, k_TKD)
-        v_CKD.index_copy_(0, self._slots_T, v_TKD)
+        num_rows = len(self._slots_T)
+        k_CKD.index_copy_(0, self._slots_T, k_TKD[:num_rows])
+        v_CKD.index_copy_(0, self._slots_T, v_TKD[:num_rows])
         window = self._config.windows[layer]
-        if len(self._runs) == 1 and self._runs[0].is_whole_batch:
+        if len(self._runs) == 1 and self._runs[0].is_whole_batch and num_rows == len(q_TND):
             return _attend_run(self._runs[0], q_TND, k_CKD, v_CKD, window)
-        o_TND = torch.empty_like(q_TND)
+        o_TND = torch.zeros_like(q_TND)
         for run in self._runs:
             o_nND = _attend_run(run, q_TND[run.rows], k_CKD, v_CKD, window)
             o_TND.index_copy_(0, run.own_rows, o_nND[run.own])
@@ -174,20 +178,16 @@ def _span(
     row: int, chunk: Chunk, windows: set[Window], device: torch.device, dtype: torch.dtype
 ) -> Span:
     end = chunk.start + chunk.num_rows
-    is_causal = chunk.start == 0 and all(each is None or each >= end for each in windows)
-    length = end if is_causal else _round_up(end, chunk.extent.size)
+    length = _round_up(end, chunk.extent.size)
+    positions_t1 = torch.arange(chunk.start, end, device=device)[:, None]
+    cells_L = torch.arange(length, device=device)
     masks: dict[Window, torch.Tensor | None] = {}
     for window in windows:
-        if is_causal:
-            masks[window] = None
-            continue
-        positions_t1 = torch.arange(chunk.start, end, device=device)[:, None]
-        cells_L = torch.arange(length, device=device)
         seen_tL = cells_L <= positions_t1
         if window is not None:
             seen_tL &= cells_L > positions_t1 - window
         masks[window] = _additive(seen_tL, dtype)
-    return Span(row, chunk.num_rows, chunk.extent.start, length, is_causal, masks)
+    return Span(row, chunk.num_rows, chunk.extent.start, length, masks)
 
 
 def _attend_run(
@@ -216,9 +216,8 @@ def _attend_span(
     cells = slice(span.base, span.base + span.length)
     k_KGLD = k_CKD[cells].transpose(0, 1)[:, None].expand(-1, group, -1, -1)
     v_KGLD = v_CKD[cells].transpose(0, 1)[:, None].expand(-1, group, -1, -1)
-    o_KGtD = F.scaled_dot_product_attention(
-        q_KGtD, k_KGLD, v_KGLD, attn_mask=span.masks[window], is_causal=span.is_causal
-    )
+    mask = span.masks[window]
+    o_KGtD = F.scaled_dot_product_attention(q_KGtD, k_KGLD, v_KGLD, attn_mask=mask)
     return o_KGtD.permute(2, 0, 1, 3).reshape(num_rows, num_heads, head_dim)
 
 

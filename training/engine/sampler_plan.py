@@ -15,22 +15,26 @@ class Work(NamedTuple):
     num_rows: int
 
 
-def plan_step(running: Iterable[Sequence], prefill_rows: int) -> list[Work]:
+def plan_step(
+    running: Iterable[Sequence], prefill_rows: int, max_rows: int | None = None
+) -> list[Work]:
     """Every sequence that misses one row gets it; the others share ``prefill_rows``, first come
-    first served. So decoding never waits for a prompt, and a step stays short.
+    first served; all together at most ``max_rows``. So decoding never waits for a prompt, and a
+    step stays short.
 
     The result is packed for the model: sequences of one adapter side by side, inside it in the
     order of their cache extents, as attention reads them.
     """
-    works: list[Work] = []
-    for sequence in sorted(running, key=lambda each: each.order):
-        missing = sequence.num_missing
-        num_rows = missing if missing <= 1 else min(missing, prefill_rows)
-        if num_rows == 0:
-            continue
-        if missing > 1:
+    ordered = sorted(running, key=lambda each: each.order)
+    works = [Work(sequence, 1) for sequence in ordered if sequence.num_missing == 1]
+    if max_rows is not None:
+        works = works[:max_rows]
+        prefill_rows = min(prefill_rows, max_rows - len(works))
+    for sequence in ordered:
+        num_rows = min(sequence.num_missing, prefill_rows)
+        if sequence.num_missing > 1 and num_rows > 0:
+            works.append(Work(sequence, num_rows))
             prefill_rows -= num_rows
-        works.append(Work(sequence, num_rows))
     return sorted(works, key=_packing)
 
 
