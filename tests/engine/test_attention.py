@@ -8,6 +8,7 @@ import torch
 from tests.engine.training_cases import relative_error
 from training.engine.attention import (
     BLOCK_SCORES,
+    KEPT_LENGTH,
     PackedAttention,
     causal_attention,
     fused_attention,
@@ -28,7 +29,7 @@ def random_qkv(batch: int, length: int, heads: int, kv_heads: int, dtype: torch.
 @pytest.mark.parametrize("window", [None, 1, 5, 4000])
 @pytest.mark.parametrize(
     ("batch", "length", "heads", "kv_heads"),
-    [(1, 1, 2, 1), (3, 7, 4, 2), (2, 64, 4, 4), (1, 1500, 6, 2)],
+    [(1, 1, 2, 1), (3, 7, 4, 2), (2, 64, 4, 4), (2, 500, 6, 3), (1, 1500, 6, 2)],
 )
 def test_it_is_the_fused_attention(
     batch: int, length: int, heads: int, kv_heads: int, window: int | None
@@ -43,9 +44,10 @@ def test_it_is_the_fused_attention(
         torch.testing.assert_close(ours, theirs, atol=3e-5, rtol=1e-4)
 
 
-def test_a_long_sequence_takes_several_blocks() -> None:
-    """Guards the case above: its longest sequence must not fit one block."""
-    assert BLOCK_SCORES < 6 * 1500 * 1500
+def test_both_longer_cases_take_several_blocks() -> None:
+    """Guards the cases above: one keeps its probabilities, one computes them again."""
+    assert BLOCK_SCORES < 2 * 6 * 500 * 500
+    assert 500 <= KEPT_LENGTH < 1500
 
 
 def test_without_gradients_it_is_bit_for_bit_the_same() -> None:

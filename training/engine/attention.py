@@ -20,7 +20,10 @@ from torch.nn import functional as F
 from training.engine.packing import equal_length_runs
 
 BLOCK_SCORES = 2**21
-"""Scores alive at once: 4 MiB in bfloat16, about the processor's cache."""
+"""Scores computed at once: 4 MiB in bfloat16, about the processor's cache."""
+KEPT_LENGTH = 512
+"""Up to this length the backward pass finds the probabilities kept (they are then no more memory
+than a layer's other activations); beyond it they are computed again."""
 
 
 class PackedAttention:
@@ -157,17 +160,17 @@ def _mask(block: _Block, window: int | None, group: int, like: torch.Tensor) -> 
 
 def _forward(
     arranged: _Arranged, window: int | None, keep: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """o [B, L, N, D] and, if asked for and there is one block only, its probabilities."""
-    blocks = list(_blocks(arranged, window))
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """o [B, L, N, D] and, if asked for, each block's probabilities."""
     o = torch.empty_like(arranged.q)
-    kept = None
-    for block in blocks:
+    kept = []
+    for block in _blocks(arranged, window):
         p = _probabilities(arranged, block, window)
         v = arranged.v[:, block.first : block.stop]
         part = torch.bmm(p, v).view(len(p), -1, block.stop - block.start, v.shape[2])
         o[:, :, block.start : block.stop] = part
-        kept = p if keep and len(blocks) == 1 else None
+        if keep:
+            kept.append(p)
     return _restore(o, arranged.num_sequences), kept
 
 
@@ -181,21 +184,21 @@ class _Attention(torch.autograd.Function):
         window: int | None,
     ) -> torch.Tensor:
         arranged = _arrange(q_BLND, k_BLKD, v_BLKD)
-        o_BLND, p = _forward(arranged, window, keep=True)
-        ctx.save_for_backward(arranged.q, arranged.k, arranged.v, p)
+        o_BLND, kept = _forward(arranged, window, keep=q_BLND.shape[1] <= KEPT_LENGTH)
+        ctx.save_for_backward(arranged.q, arranged.k, arranged.v, *kept)
         ctx.num_sequences, ctx.window = arranged.num_sequences, window
         return o_BLND
 
     @staticmethod
     def backward(ctx: Any, do_BLND: torch.Tensor) -> Any:
-        q, k, v, kept = ctx.saved_tensors
+        q, k, v, *kept = ctx.saved_tensors
         arranged = _Arranged(q, k, v, ctx.num_sequences)
         rows, group, length, head_dim = q.shape
         do = do_BLND.transpose(1, 2).reshape(rows, group, length, head_dim)
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros_like(each, dtype=torch.float32) for each in (k, v))
-        for block in _blocks(arranged, ctx.window):
-            p = _probabilities(arranged, block, ctx.window) if kept is None else kept
+        for number, block in enumerate(_blocks(arranged, ctx.window)):
+            p = kept[number] if kept else _probabilities(arranged, block, ctx.window)
             keys = slice(block.first, block.stop)
             queries = slice(block.start, block.stop)
             do_block = do[:, :, queries].flatten(1, 2)

@@ -64,7 +64,8 @@ def global_norm(gradient: torch.Tensor) -> float:
     """In fp32 by blocks (ten times faster than in fp64 on a CPU), in fp64 across them; wholly in
     fp64 where an fp32 square overflows."""
     blocks = [torch.linalg.vector_norm(block) for block in torch.split(gradient, NORM_BLOCK)]
-    norm = torch.linalg.vector_norm(torch.stack(blocks), dtype=torch.float64).item()
+    norm: float = torch.linalg.vector_norm(torch.stack(blocks), dtype=torch.float64).item()
     if math.isfinite(norm):
         return norm
-    return torch.linalg.vector_norm(gradient, dtype=torch.float64).item()
+    exact: float = torch.linalg.vector_norm(gradient, dtype=torch.float64).item()
+    return exact
