@@ -18,13 +18,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from training.backends.base import AdamParams, Datum, LoraSpec, TrainOp, TrainUnit
 from training.config import EngineConfig
-from training.engine.model import Transformer
+from training.engine.model import ModelConfig, Transformer
 from training.engine.trainer import Trainer
 
 RANK = 32
@@ -38,6 +39,13 @@ TUNED_ALLOCATOR = {
 
 Step = Callable[[], float]
 """Makes one step and returns its loss."""
+
+
+class Times(NamedTuple):
+    """Seconds of one step. On a busy machine compare ``cpu`` with OMP_NUM_THREADS=1."""
+
+    wall: float
+    cpu: float
 
 
 def make_data(batch: int, length: int, vocab_size: int) -> list[Datum]:
@@ -100,35 +108,39 @@ def peft_step(directory: Path, data: list[Datum], narrow: bool) -> Step:
     return step
 
 
-def timed(step: Step) -> float:
-    start = time.perf_counter()
+def timed(step: Step) -> Times:
+    wall, cpu = time.perf_counter(), time.process_time()
     step()
-    return time.perf_counter() - start
+    return Times(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def compare(
     directory: Path, shape: str, repeats: int, micro_batch_tokens: int, narrow: bool
 ) -> None:
     batch, length = (int(part) for part in shape.split("x"))
-    vocab_size = 49152
-    data = make_data(batch, length, vocab_size)
+    data = make_data(batch, length, ModelConfig.from_directory(directory).vocab_size)
     steps = {
         "engine": engine_step(directory, data, micro_batch_tokens),
         "peft": peft_step(directory, data, narrow),
     }
-    times: dict[str, list[float]] = {name: [] for name in steps}
     for name, step in steps.items():
-        print(f"{shape} {name}: first loss {step():.2f}")
+        print(f"{shape} {name}: first loss {step():.2f}", flush=True)
+    times: dict[str, list[Times]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
             times[name].append(timed(step))
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    num_tokens = batch * length
-    for name, median in medians.items():
-        spread = f"{min(times[name]):.3f}..{max(times[name]):.3f}"
-        rate = num_tokens / median
-        print(f"{shape} {name}: {median:.3f} s ({spread}), {rate:.0f} tokens/s")
-    print(f"{shape} speed-up: {medians['peft'] / medians['engine']:.2f}x")
+    wall, cpu = (
+        {name: statistics.median(each[kind] for each in values) for name, values in times.items()}
+        for kind in (0, 1)
+    )
+    for name in steps:
+        rate = batch * length / wall[name]
+        print(f"{shape} {name}: {wall[name]:.3f} s, {rate:.0f} tokens/s, {cpu[name]:.3f} s of CPU")
+    print(
+        f"{shape} speed-up: {wall['peft'] / wall['engine']:.2f}x, "
+        f"by CPU time {cpu['peft'] / cpu['engine']:.2f}x",
+        flush=True,
+    )
 
 
 def main() -> None:

@@ -61,6 +61,20 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
         assert torch.equal(tensor, torch.ones(5))
 
 
+@pytest.mark.parametrize(
+    "params",
+    [AdamParams(-1.0), AdamParams(float("nan")), AdamParams(beta1=1.0), AdamParams(eps=-1.0)],
+)
+def test_parameters_out_of_range_are_refused(params: AdamParams) -> None:
+    weights = torch.ones(5)
+    state = AdamState.zeros_like(weights)
+    output = adamw_step(weights, torch.ones(5), state, params)
+    assert output.error is not None
+    assert "Invalid" in output.error
+    assert state.step == 0
+    assert torch.equal(weights, torch.ones(5))
+
+
 def test_a_huge_gradient_has_a_finite_norm() -> None:
     """Its square would overflow fp32."""
     weights = torch.zeros(4)

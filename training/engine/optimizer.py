@@ -34,26 +34,32 @@ class AdamState:
 def adamw_step(
     weights: torch.Tensor, gradient: torch.Tensor, state: AdamState, params: AdamParams
 ) -> OptimOutput:
-    """One step, in place; ``gradient`` may be overwritten. Refused if it is not finite."""
+    """One step, in place; ``gradient`` may be overwritten.
+
+    Refused, changing nothing, where the gradient or a parameter is not usable.
+    """
     norm = global_norm(gradient)
     if not math.isfinite(norm):
         return OptimOutput(error=f"the gradient is not finite (norm {norm}); step refused")
-    if params.grad_clip_norm > 0:
-        gradient.mul_(min(1.0, params.grad_clip_norm / (norm + CLIP_EPSILON)))
-    weights.grad = gradient
-    optimizer = torch.optim.AdamW(
-        [weights],
-        lr=params.learning_rate,
-        betas=(params.beta1, params.beta2),
-        eps=params.eps,
-        weight_decay=params.weight_decay,
-        fused=True,
-    )
+    try:
+        optimizer = torch.optim.AdamW(
+            [weights],
+            lr=params.learning_rate,
+            betas=(params.beta1, params.beta2),
+            eps=params.eps,
+            weight_decay=params.weight_decay,
+            fused=True,
+        )
+    except ValueError as error:  # a rate, beta or eps outside its range
+        return OptimOutput(error=f"step refused: {error}")
     optimizer.state[weights] = {
         "step": torch.tensor(float(state.step), device=weights.device),
         "exp_avg": state.exp_avg,
         "exp_avg_sq": state.exp_avg_sq,
     }
+    if params.grad_clip_norm > 0:
+        gradient.mul_(min(1.0, params.grad_clip_norm / (norm + CLIP_EPSILON)))
+    weights.grad = gradient
     optimizer.step()
     weights.grad = None
     state.step += 1
