@@ -80,7 +80,8 @@ class EngineConfig(_Section):
     """Compute small operations of several models in one pass. Faster where operations are below
     about 256 tokens, but then the last bits of a result depend on what it was computed with, and a
     replay after a crash is no longer bit-identical."""
-    kv_cache_tokens: int = Field(65536, gt=0)
+    kv_cache_tokens: int = Field(32768, gt=0)
+    """Shared by all running sequences and cached prefixes."""
     max_running_sequences: int = Field(64, gt=0)
     prefill_chunk_tokens: int = Field(1024, gt=0)
     batch_invariant: bool = True
