@@ -41,9 +41,7 @@ def make_model_directory(directory: Path, name: str = "llama") -> Path:
     return directory
 
 
-def make_sampler(
-    directory: Path, dtype: torch.dtype = torch.float32, **settings: Any
-) -> Sampler:
+def make_sampler(directory: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Sampler:
     model = Transformer.from_directory(directory, CPU, dtype)
     settings = {"kv_cache_tokens": 8192, "prefill_chunk_tokens": 64} | settings
     return Sampler(model, EngineConfig(**settings), directory / "tokenizer.json")
