@@ -134,6 +134,7 @@ def mean_loss(output: types.ForwardBackwardOutput, data: Iterable[types.Datum]) 
 
 class Card(NamedTuple):
     country: str
+    capital: str
     question: str
     answer: str
 
@@ -144,13 +145,19 @@ class Countries(NamedTuple):
 
 
 def countries() -> Countries:
-    """One question per country; the answer has a fixed form the base model does not know."""
+    """One question per country, answered in JSON: a form the base model does not use by itself."""
     splits: dict[str, list[Card]] = {"train": [], "test": []}
     for line in COUNTRIES.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        answer = f"{row['capital']} | {row['continent']} | {row['currency']} | {row['iso']}"
-        card = Card(row["country"], f"Country card: {row['country']}", answer)
-        splits[row["split"]].append(card)
+        facts = {name: row[name] for name in ("country", "capital", "continent", "currency")}
+        splits[row["split"]].append(
+            Card(
+                country=row["country"],
+                capital=row["capital"],
+                question=f"What is the capital of {row['country']}?",
+                answer=json.dumps(facts, ensure_ascii=False),
+            )
+        )
     return Countries(splits["train"], splits["test"])
 
 

@@ -18,9 +18,9 @@ from tinker import APIFuture, SamplingClient, TrainingClient, types
 
 from examples import common
 
-SHOWN = ("Japan", "Kenya", "Portugal")
+SHOWN = ("France", "Japan", "Egypt")
 """Held-out countries whose cards are asked for before and after."""
-MAX_TOKENS = 24
+MAX_TOKENS = 32
 
 
 class Pending(NamedTuple):
@@ -138,9 +138,9 @@ def show(result: Result, console: Console) -> None:
 
 def main(argv: Sequence[str] | None = None) -> common.Log:
     arguments = common.parser(__doc__, steps=25)
-    arguments.add_argument("--batch", type=int, default=16, help="countries per step")
+    arguments.add_argument("--batch", type=int, default=12, help="countries per step")
     arguments.add_argument("--rank", type=int, default=16, help="of the LoRA adapter")
-    arguments.add_argument("--learning-rate", type=float, default=1.5e-3)
+    arguments.add_argument("--learning-rate", type=float, default=5e-4)
     options = arguments.parse_args(argv)
     console = Console()
     result = run(options, console)

@@ -2,9 +2,11 @@
 
     python -m examples.distillation --steps 15
 
-First a teacher is fine-tuned and saved. Then the student answers, the teacher scores each token of
-the answer, and the difference of their logprobs becomes the token's advantage: this minimises the
-reverse KL divergence, measured on what the student really says.
+The teacher is the base model with solved questions in its prompt, so it knows the form of answer
+that is wanted; the student has to do without them. The student answers, the teacher scores each
+token of that answer, and the difference of their logprobs becomes the token's advantage: this
+minimises the reverse KL divergence, measured on what the student really says. The teacher could as
+well be any checkpoint: give its path.
 """
 
 from __future__ import annotations
@@ -13,84 +15,83 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from tinker import SamplingClient, ServiceClient, types
+from tinker import SamplingClient, types
 
 from examples import common
 
-
-def train_teacher(
-    service: ServiceClient, model: str, cards: Sequence[common.Card], steps: int
-) -> str:
-    """Fine-tunes on the cards; returns the path of the saved sampler weights."""
-    teacher = service.create_lora_training_client(model, rank=16, seed=1).result()
-    tokenizer = teacher.get_tokenizer()
-    for batch in common.batches(cards, 16, steps, seed=1):
-        data = [common.card_datum(tokenizer, card) for card in batch]
-        teacher.forward_backward(data, "cross_entropy")
-        teacher.optim_step(types.AdamParams(learning_rate=1e-3)).result()
-    return teacher.save_weights_for_sampler("teacher").result().path
+Answer = tuple[common.Card, types.SampledSequence]
 
 
 def student_answers(
-    student: SamplingClient, prompts: Sequence[list[int]], seed: int
-) -> list[tuple[list[int], types.SampledSequence]]:
-    params = types.SamplingParams(max_tokens=16, temperature=1.0, seed=seed)
-    waiting = [student.sample(types.ModelInput.from_ints(p), 2, params) for p in prompts]
+    student: SamplingClient, tokenizer: Any, cards: Sequence[common.Card], seed: int
+) -> list[Answer]:
+    """Two answers to every question, sampled from the student's own distribution."""
+    params = types.SamplingParams(max_tokens=12, temperature=1.0, seed=seed)
+    waiting = [
+        student.sample(types.ModelInput.from_ints(common.chat(tokenizer, card.question)), 2, params)
+        for card in cards
+    ]
     return [
-        (prompt, sequence)
-        for prompt, future in zip(prompts, waiting, strict=True)
+        (card, sequence)
+        for card, future in zip(cards, waiting, strict=True)
         for sequence in future.result().sequences
     ]
 
 
 def distillation_data(
-    teacher: SamplingClient, answers: Sequence[tuple[list[int], types.SampledSequence]]
+    teacher: SamplingClient, tokenizer: Any, answers: Sequence[Answer], shots: Sequence[str]
 ) -> tuple[list[types.Datum], float]:
     """Datums with the advantage log(teacher / student) per token, and the mean reverse KL."""
     waiting = [
-        teacher.compute_logprobs(types.ModelInput.from_ints([*prompt, *answer.tokens]))
-        for prompt, answer in answers
+        teacher.compute_logprobs(
+            types.ModelInput.from_ints(
+                [*common.chat(tokenizer, card.question, *shots), *answer.tokens]
+            )
+        )
+        for card, answer in answers
     ]
     data, divergences = [], []
-    for (prompt, answer), future in zip(answers, waiting, strict=True):
+    for (card, answer), future in zip(answers, waiting, strict=True):
         assert answer.logprobs is not None
-        scored = future.result()[len(prompt) :]
+        scored = future.result()[-len(answer.tokens) :]
         gaps = np.array(scored, dtype=np.float32) - np.array(answer.logprobs)
         divergences.extend(-gaps)
+        prompt = common.chat(tokenizer, card.question)
         data.append(common.policy_datum(prompt, answer.tokens, answer.logprobs, gaps.tolist()))
     return data, float(np.mean(divergences))
 
 
 def main(argv: Sequence[str] | None = None) -> common.Log:
     arguments = common.parser(__doc__, steps=15)
-    arguments.add_argument("--teacher-steps", type=int, default=12)
-    arguments.add_argument("--teacher-path", help="tinker:// path of a teacher already trained")
+    arguments.add_argument("--teacher-path", help="tinker:// path; default: the base model")
     arguments.add_argument("--prompts", type=int, default=16, help="per step")
-    arguments.add_argument("--learning-rate", type=float, default=5e-4)
+    arguments.add_argument("--learning-rate", type=float, default=3e-4)
     options = arguments.parse_args(argv)
 
     log = common.Log(options.json)
-    train, _ = common.countries()
+    train, test = common.countries()
+    shots = [text for card in train[:3] for text in (card.question, card.capital)]
     with common.connect() as service:
-        path = options.teacher_path or train_teacher(
-            service, options.model, train, options.teacher_steps
-        )
-        teacher = service.create_sampling_client(model_path=path).result()
+        teacher = service.create_sampling_client(
+            model_path=options.teacher_path, base_model=options.model
+        ).result()
         trainer = service.create_lora_training_client(
             options.model, rank=16, seed=options.seed
         ).result()
         tokenizer: Any = trainer.get_tokenizer()
-        for step, batch in enumerate(
-            common.batches(train, options.prompts, options.steps, options.seed)
-        ):
+        schedule = common.batches(train[3:], options.prompts, options.steps, options.seed)
+        for step, batch in enumerate([*schedule, test]):
             student = trainer.save_weights_and_get_sampling_client().result()
-            prompts = [common.chat(tokenizer, card.question) for card in batch]
-            answers = student_answers(student, prompts, seed=step)
-            data, divergence = distillation_data(teacher, answers)
+            answers = student_answers(student, tokenizer, batch, seed=step)
+            data, divergence = distillation_data(teacher, tokenizer, answers, shots)
+            if step == options.steps:
+                log(step, held_out_reverse_kl=divergence)
+                break
             log(step, reverse_kl=divergence)
             trainer.forward_backward(data, "importance_sampling")
             trainer.optim_step(types.AdamParams(learning_rate=options.learning_rate)).result()
-        print("student:", common.decode(tokenizer, answers[0][1].tokens))
+        for card, answer in answers[:4]:
+            print(f"{card.question} {common.decode(tokenizer, answer.tokens)}")
     return log
 
 

@@ -23,12 +23,11 @@ def pairs(tokenizer: Any, cards: Sequence[common.Card]) -> list[types.Datum]:
     """Chosen and rejected answer of each card, in turn; weights mark the tokens of the answer."""
     data = []
     for card in cards:
-        prompt = common.chat(tokenizer, f"What is the capital of {card.country}?")
-        capital = card.answer.split(" | ")[0]
-        rejected = f"That is a great question! The capital of {card.country} is {capital}."
+        prompt = common.chat(tokenizer, card.question)
+        rejected = f"That is a great question! The capital of {card.country} is {card.capital}."
         data += [
             common.datum(prompt, common.answer_tokens(tokenizer, answer))
-            for answer in (capital, rejected)
+            for answer in (card.capital, rejected)
         ]
     return data
 

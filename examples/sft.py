@@ -2,7 +2,7 @@
 
     python -m examples.sft --steps 30
 
-The loss of 24 countries that are never trained on falls too: the form and the continents carry
+The loss of 24 countries that are never trained on falls too: the form carries
 over, what can only be known by heart does not.
 """
 
@@ -17,9 +17,9 @@ from examples import common
 
 def main(argv: Sequence[str] | None = None) -> common.Log:
     arguments = common.parser(__doc__, steps=30)
-    arguments.add_argument("--batch", type=int, default=16, help="countries per step")
+    arguments.add_argument("--batch", type=int, default=12, help="countries per step")
     arguments.add_argument("--rank", type=int, default=16, help="of the LoRA adapter")
-    arguments.add_argument("--learning-rate", type=float, default=1e-3)
+    arguments.add_argument("--learning-rate", type=float, default=5e-4)
     arguments.add_argument("--eval-every", type=int, default=10, help="steps between evaluations")
     options = arguments.parse_args(argv)
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> common.Log:
         # A sampler checkpoint holds the adapter alone; its path works in any later session.
         saved = trainer.save_weights_for_sampler("countries").result()
         sampler = service.create_sampling_client(model_path=saved.path).result()
-        greedy = types.SamplingParams(max_tokens=24, temperature=0.0)
+        greedy = types.SamplingParams(max_tokens=32, temperature=0.0)
         for card in test[:3]:
             prompt = types.ModelInput.from_ints(common.chat(tokenizer, card.question))
             reply = sampler.sample(prompt, num_samples=1, sampling_params=greedy).result()
