@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 
 import pytest
 
 from tests.core.builders import datum, operation, optim_work, train_work
-from training.backends.base import LoraSpec, OptimOutput, TrainOp, TrainOutput, TrainUnit
+from training.backends.base import (
+    AdamParams,
+    LoraSpec,
+    OptimOutput,
+    TrainOp,
+    TrainOutput,
+    TrainUnit,
+)
 from training.backends.fake import FakeBackend
 from training.config import ModelConfig, TrainingConfig
 from training.core.errors import (
@@ -19,6 +26,7 @@ from training.core.errors import (
     ErrorCategory,
     Gone,
     InvalidRequest,
+    StorageError,
     UnitError,
 )
 from training.core.operations import CallWork, Operation, RefusedWork, TrainWork, Work
@@ -31,6 +39,7 @@ class FlakyBackend(FakeBackend):
 
     max_ops = 1000
     dead = False
+    fail_step = False
 
     async def forward_backward(self, unit: TrainUnit) -> list[TrainOutput]:
         if self.dead:
@@ -38,6 +47,11 @@ class FlakyBackend(FakeBackend):
         if len(unit.ops) > self.max_ops:
             raise UnitError("out of memory")
         return await super().forward_backward(unit)
+
+    async def optim_step(self, params: Mapping[int, AdamParams]) -> dict[int, OptimOutput]:
+        if self.fail_step:
+            raise UnitError("out of memory")
+        return await super().optim_step(params)
 
 
 @dataclass
@@ -278,3 +292,50 @@ def test_operations_are_told_apart() -> None:
     first: Operation = operation()
     assert first.num_tokens == 4
     assert operation(work=optim_work(), kind=FutureKind.OPTIM_STEP).num_tokens == 0
+
+
+async def test_a_death_that_cannot_be_written_down_does_not_stop_the_loop(harness: Harness) -> None:
+    async def disk_is_full(reason: str) -> None:
+        raise StorageError("database or disk is full")
+
+    harness.tasks._on_backend_dead = disk_is_full
+    harness.backend.dead = True
+    harness.train("m", 1)
+    assert (await harness.result("m/1")).status is FutureStatus.FAILED
+    harness.backend.dead = False
+    harness.train("n", 1)
+    assert (await harness.result("n/1")).status is FutureStatus.DONE
+
+
+async def test_what_a_caller_no_longer_waits_for_does_not_stop_the_loop(harness: Harness) -> None:
+    ran = asyncio.Event()
+
+    async def action() -> None:
+        ran.set()
+
+    waiting = asyncio.create_task(harness.tasks.run_between(action))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    harness.train("m", 1)
+    assert (await harness.result("m/1")).status is FutureStatus.DONE
+    assert ran.is_set()
+
+
+async def test_a_step_that_did_not_run_leaves_no_gradients_to_the_next_window(
+    harness: Harness,
+) -> None:
+    harness.train("m", 1)
+    await harness.result("m/1")
+    before = await harness.loss(0)
+    harness.backend.fail_step = True
+    harness.step("m", 2)
+    assert (await harness.result("m/2")).status is FutureStatus.FAILED
+    harness.backend.fail_step = False
+    harness.step("m", 3)
+    refused = await harness.result("m/3")
+    assert refused.status is FutureStatus.FAILED
+    assert "2" in refused.error
+    assert await harness.loss(0) == before
+    harness.train("m", 4)
+    harness.step("m", 5)
+    assert (await harness.result("m/5")).status is FutureStatus.DONE

@@ -38,7 +38,8 @@ log = structlog.get_logger(__name__)
 
 Settle = Callable[[str, FutureResult], Coroutine[None, None, None]]
 Encode = Callable[[TrainOutput | OptimOutput], FutureResult]
-_SPOILS_WINDOW = frozenset({PlanKind.FORWARD_BACKWARD})
+_SPOILS_WINDOW = frozenset({PlanKind.FORWARD_BACKWARD, PlanKind.OPTIM_STEP})
+"""After these failed, nobody knows which gradients the slot holds: the next step discards them."""
 
 
 def failed(error: TinkercloudError) -> FutureResult:
@@ -153,14 +154,20 @@ class TaskManager:
             await self._execute(plan)
 
     async def _run_actions(self) -> None:
-        actions, self._between = self._between, []
-        for action, done in actions:
+        while self._between:
+            action, done = self._between[0]
+            failure: Exception | None = None
             try:
                 await action()
             except Exception as error:
-                done.set_exception(error)
-            else:
+                failure = error
+            del self._between[0]
+            if done.done():  # whoever asked was cancelled
+                continue
+            if failure is None:
                 done.set_result(None)
+            else:
+                done.set_exception(failure)
 
     async def _sleep(self) -> None:
         deadlines = [since + self._gap_timeout_s for since in self._gap_since_s.values()]
@@ -194,15 +201,21 @@ class TaskManager:
             with metrics.UNIT_SECONDS.labels(plan.kind.value).time():
                 await self._run_plan(plan)
         except BackendDead as error:
-            # Their weights died with the process, so there is no window left to spoil.
-            for operation in plan.operations:
-                self._settle(operation, failed(error))
-            await self._on_backend_dead(str(error))
+            # Windows are spoiled for models of the plan that live on in the engine's successor.
+            self._fail(plan.operations, error, plan.kind)
+            await self._report_death(str(error))
         except Exception as error:
             # The border of the job: one broken plan must not stop the loop for every tenant.
             log.exception("plan.failed", kind=plan.kind.value)
             internal = BackendError(f"internal error ({type(error).__name__}); see the server log")
             self._fail(plan.operations, internal, plan.kind)
+
+    async def _report_death(self, reason: str) -> None:
+        try:
+            await self._on_backend_dead(reason)
+        except Exception:
+            # The border of the job: what could not be written down must not stop the loop.
+            log.exception("backend.death_not_handled", reason=reason)
 
     async def _run_plan(self, plan: Plan) -> None:
         match plan.kind:
@@ -291,7 +304,7 @@ class TaskManager:
         for operation in operations:
             queue = self._queues.get(operation.model_id)
             if kind in _SPOILS_WINDOW and queue is not None:
-                queue.spoil_window(f"forward_backward {operation.seq}: {error}")
+                queue.spoil_window(f"{kind.value} {operation.seq}: {error}")
             self._settle(operation, failed(error))
 
     def _settle(self, operation: Operation, result: FutureResult) -> None:
