@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,7 +29,10 @@ def tinker(server: Server, *arguments: str) -> str:
         text=True,
         check=False,
     )
-    assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
+    # Seen once in some hundred runs: everything is printed, then the SDK's native transport aborts
+    # while its interpreter ends.
+    aborted_at_exit = done.returncode == -signal.SIGABRT and done.stdout and not done.stderr
+    assert done.returncode == 0 or aborted_at_exit, f"{arguments}: {done.stdout}{done.stderr}"
     return done.stdout
 
 
