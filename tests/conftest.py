@@ -47,7 +47,8 @@ def real_server(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path) 
     """A server of the embedded model on the local engine."""
     config = {
         "supported_models": [{"name": EMBEDDED_MODEL, "path": str(embedded_model)}],
-        "engine": {"num_threads": 2, "kv_cache_tokens": 16384},
+        # One thread: two that wait for each other stand still on a machine that is busy.
+        "engine": {"num_threads": 1, "kv_cache_tokens": 16384},
     }
     with running_server(tmp_path_factory.mktemp("real-server"), config) as server:
         yield server
