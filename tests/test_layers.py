@@ -54,7 +54,6 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "typer": frozenset({"cli"}),
     "sqlalchemy": frozenset({"storage"}),
     "alembic": frozenset({"storage"}),
-    "aiosqlite": frozenset({"storage"}),
     "asyncpg": frozenset({"storage"}),
     "torch": frozenset({"engine"}),
     "transformers": frozenset({"engine"}),

@@ -53,7 +53,7 @@ class StorageConfig(_Section):
     def resolved_database_url(self) -> str:
         if self.database_url:
             return self.database_url
-        return f"sqlite+aiosqlite:///{(self.metadata_dir / self.futures_db_name).absolute()}"
+        return f"sqlite:///{(self.metadata_dir / self.futures_db_name).absolute()}"
 
 
 class ModelConfig(_Section):

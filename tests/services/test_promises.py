@@ -19,7 +19,7 @@ DONE = FutureResult(FutureStatus.DONE, b"result", "application/x-protobuf")
 
 @pytest.fixture
 async def database(tmp_path: Path) -> AsyncIterator[Database]:
-    database = Database(f"sqlite+aiosqlite:///{tmp_path / 'futures.db'}")
+    database = Database(f"sqlite:///{tmp_path / 'futures.db'}")
     await database.start()
     yield database
     await database.close()

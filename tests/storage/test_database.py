@@ -29,6 +29,7 @@ from training.core.records import (
     SessionStatus,
     utcnow,
 )
+from training.storage.connections import _Sqlite
 from training.storage.database import Database
 from training.storage.repositories import (
     checkpoints,
@@ -42,7 +43,7 @@ from training.storage.tables import metadata
 
 @pytest.fixture
 async def database(tmp_path: Path) -> AsyncIterator[Database]:
-    database = Database(f"sqlite+aiosqlite:///{tmp_path / 'meta' / 'futures.db'}")
+    database = Database(f"sqlite:///{tmp_path / 'meta' / 'futures.db'}")
     await database.start()
     yield database
     await database.close()
@@ -76,8 +77,9 @@ async def test_a_burst_of_writes_shares_commits_and_keeps_every_row(database: Da
         nonlocal commits
         commits += 1
 
-    assert database._writer is not None
-    sa.event.listen(database._writer.sync_engine, "commit", count_commit)
+    connections = database._connections
+    assert isinstance(connections, _Sqlite)
+    sa.event.listen(connections._writer, "commit", count_commit)
     now = utcnow()
     stored = await asyncio.gather(
         *(database.write(futures.insert, new_future(number), now) for number in range(300))
@@ -121,7 +123,7 @@ async def test_a_repeated_sequence_number_gets_the_first_promise(database: Datab
 
 
 async def test_a_future_settles_once_and_survives_reopening(tmp_path: Path) -> None:
-    url = f"sqlite+aiosqlite:///{tmp_path / 'f.db'}"
+    url = f"sqlite:///{tmp_path / 'f.db'}"
     database = Database(url)
     await database.start()
     now = utcnow()
@@ -222,6 +224,6 @@ async def test_clone_numbers_and_inflight_weights(database: Database) -> None:
 
 async def test_a_database_that_cannot_be_opened_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
-    database = Database(f"sqlite+aiosqlite:///{tmp_path / 'file' / 'futures.db'}")
+    database = Database(f"sqlite:///{tmp_path / 'file' / 'futures.db'}")
     with pytest.raises(StorageError, match="cannot open database"):
         await database.start()

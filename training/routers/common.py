@@ -20,7 +20,7 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 API = "/api/v1"
 
 
-def get_server(request: Request) -> Server:
+async def get_server(request: Request) -> Server:
     server: Server = request.app.state.server
     return server
 

@@ -39,8 +39,12 @@ def get(connection: sa.Connection, path: TinkerPath) -> Checkpoint | None:
     return None if row is None else _checkpoint(row)
 
 
-def delete(connection: sa.Connection, path: TinkerPath) -> bool:
-    return connection.execute(sa.delete(table).where(table.c.path == str(path))).rowcount == 1
+def delete(connection: sa.Connection, checkpoint: Checkpoint) -> bool:
+    """Only this one: False where another has taken its path."""
+    statement = sa.delete(table).where(
+        table.c.path == str(checkpoint.path), table.c.directory == checkpoint.directory
+    )
+    return connection.execute(statement).rowcount == 1
 
 
 def of_run(connection: sa.Connection, training_run_id: str) -> list[Checkpoint]:
