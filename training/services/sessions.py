@@ -11,7 +11,7 @@ import structlog
 
 from training.config import SessionConfig
 from training.core import ids
-from training.core.errors import Gone, NotFound
+from training.core.errors import Gone, NotFound, StorageError
 from training.core.records import Session, SessionStatus, utcnow
 from training.storage.database import Database
 from training.storage.repositories import sessions
@@ -36,6 +36,7 @@ class SessionService:
         self._on_end = on_end
         self._beats: dict[str, Any] = {}
         self._active: dict[str, Session] = {}
+        self._num_ended = 0
         self._reaper: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -49,7 +50,11 @@ class SessionService:
         if self._reaper is not None:
             self._reaper.cancel()
             await asyncio.gather(self._reaper, return_exceptions=True)
-        await self._flush()
+        try:
+            await self._flush()
+        except StorageError as error:
+            # Nothing is lost: sessions start afresh with the next process.
+            log.warning("session.beats_not_stored", error=str(error))
 
     async def create(self, owner: str, request: CreateSessionRequest) -> Session:
         now = utcnow()
@@ -81,11 +86,13 @@ class SessionService:
 
     async def get_active(self, owner: str, session_id: str) -> Session:
         """Raises ``Gone`` for a session that has ended."""
+        num_ended = self._num_ended
         session = await self.get(owner, session_id)
         if session.status is not SessionStatus.ACTIVE:
             raise Gone(f"session {session_id} has ended ({session.finish_reason})")
-        self._active[session_id] = session
-        self._beats[session_id] = utcnow()
+        if num_ended == self._num_ended:  # else it may have ended while it was read
+            self._active[session_id] = session
+            self._beats[session_id] = utcnow()
         return session
 
     async def heartbeat(self, owner: str, session_id: str) -> None:
@@ -100,11 +107,12 @@ class SessionService:
     async def _end(
         self, session_id: str, status: SessionStatus, reason: str, detail: str | None
     ) -> None:
-        self._active.pop(session_id, None)
-        self._beats.pop(session_id, None)
         ended = await self._database.write(
             sessions.end, session_id, status, utcnow(), reason, detail
         )
+        self._num_ended += 1
+        self._active.pop(session_id, None)
+        self._beats.pop(session_id, None)
         if ended:
             log.info("session.ended", session_id=session_id, reason=reason)
             await self._on_end(session_id, reason)
