@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import orjson
 import pytest
 import sqlalchemy as sa
 
 from tests.services.test_server import ME, MODEL, Client, config, running
 from training.backends.fake import FakeBackend
 from training.core.errors import Gone
+from training.core.records import FutureStatus, ModelStatus
 from training.services.server import Server
+from training.wire.requests import LoadWeightsRequest
 
 
 def fake_backend(server: Server) -> FakeBackend:
@@ -52,3 +55,68 @@ async def test_a_heartbeat_does_not_revive_a_session_that_is_ending(tmp_path: Pa
             )
             with pytest.raises(Gone):
                 await server.sessions.heartbeat(ME, client.session_id)
+
+
+async def test_a_model_accepted_while_its_session_ended_holds_no_slot(tmp_path: Path) -> None:
+    async with running(config(tmp_path)) as server:
+        owner = await Client.connect(server)
+        await owner.create()
+        path = orjson.loads((await owner.save("start")).body)["path"]
+        late = await Client.connect(server)
+        request = LoadWeightsRequest(session_id=late.session_id, model_seq_id=0, path=path)
+        request_id, _ = await asyncio.gather(
+            server.models.create_from_checkpoint(ME, request, b"{}"),
+            server.sessions.finish(ME, late.session_id, "success", None),
+        )
+        assert (await late.result(request_id)).status is FutureStatus.FAILED
+        assert server.hosts.get(MODEL).slots.available == 3
+        assert (await server.models.get(ME, late.model_id)).status is not ModelStatus.READY
+
+
+async def test_the_end_of_a_session_frees_its_slots_without_an_engine(tmp_path: Path) -> None:
+    async with running(config(tmp_path)) as server:
+        client = await Client.connect(server)
+        for number in range(2):
+            await client.create(number)
+        await fake_backend(server).close()
+        await server.sessions.finish(ME, client.session_id, "success", None)
+        assert server.hosts.get(MODEL).slots.available == 4
+        for model in await server.models.of_session(client.session_id):
+            assert model.status is ModelStatus.UNLOADED
+
+
+async def test_the_end_of_a_session_frees_its_slots_on_a_full_disk(tmp_path: Path) -> None:
+    async with running(config(tmp_path)) as server:
+        client = await Client.connect(server)
+        for number in range(2):
+            await client.create(number)
+        await refuse_writes(server)
+        await server.models.unload_session(client.session_id, "success")
+        assert server.hosts.get(MODEL).slots.available == 4
+
+
+async def test_models_of_the_next_engine_outlive_those_of_the_last(tmp_path: Path) -> None:
+    async with running(config(tmp_path)) as server:
+        old, young = await Client.connect(server), await Client.connect(server)
+        await old.create()
+        fake_backend(server).crash()
+        await young.create()
+        assert (await old.train()).status is FutureStatus.FAILED
+        with pytest.raises(Gone, match="last checkpoint"):
+            await old.train()
+        assert (await young.train()).status is FutureStatus.DONE
+        assert server.hosts.get(MODEL).slots.available == 3
+
+
+async def test_every_model_of_a_dead_engine_is_given_up_on_a_full_disk(tmp_path: Path) -> None:
+    async with running(config(tmp_path)) as server:
+        clients = [await Client.connect(server) for _ in range(2)]
+        for client in clients:
+            await client.create()
+        await fake_backend(server).close()
+        await refuse_writes(server)
+        await server.models.lose_all(MODEL, "gone")
+        assert server.hosts.get(MODEL).slots.available == 4
+        for client in clients:
+            with pytest.raises(Gone):
+                await client.train()

@@ -18,6 +18,7 @@ from training.core.errors import (
     InvalidRequest,
     NotFound,
     RequestError,
+    StorageError,
     TinkercloudError,
 )
 from training.core.ids import CheckpointKind, TinkerPath
@@ -46,11 +47,21 @@ log = structlog.get_logger(__name__)
 
 @dataclass(eq=False)
 class LoadedModel:
-    """A model that may be trained now; ``slot`` is None until its creation has run."""
+    """A model that may be trained now; ``slot`` is None until its creation has run.
+
+    ``generation`` is the engine's that holds the slot.
+    """
 
     model: Model
     host: Host
     slot: int | None = None
+    generation: int = 0
+
+    def is_lost(self) -> bool:
+        """Whether the engine that held its slot is gone."""
+        health = self.host.backend.health()
+        is_current = health.alive and health.generation == self.generation
+        return self.slot is not None and not is_current
 
     def held_slot(self) -> int:
         """Raises ``BackendError`` when the creation failed."""
@@ -142,6 +153,7 @@ class ModelService:
             await loaded.host.backend.load_slot(
                 loaded.held_slot(), model.lora, directory, request.optimizer
             )
+            loaded.generation = loaded.host.backend.health().generation
             loaded.host.tasks.reset_window(model.model_id)
             return done_json(LoadedWeights(path=request.path, model_id=model.model_id))
 
@@ -167,11 +179,13 @@ class ModelService:
 
         async def run() -> FutureResult:
             try:
+                # It may have ended before this model was there to be unloaded with it.
+                await self._sessions.get_active(model.owner, model.session_id)
                 await self._fill_slot(loaded, checkpoint, with_optimizer)
+                await self._database.write(models.move, model.model_id, ModelStatus.READY)
             except TinkercloudError as error:
                 await self._give_up(loaded, error)
                 raise
-            await self._database.write(models.move, model.model_id, ModelStatus.READY)
             log.info("model.ready", model_id=model.model_id, rank=model.lora.rank)
             if checkpoint is None:
                 return done_json(CreatedModel(model_id=model.model_id))
@@ -191,13 +205,12 @@ class ModelService:
         except BaseException:
             loaded.host.slots.free(slot)
             raise
-        loaded.slot = slot
+        loaded.slot, loaded.generation = slot, loaded.host.backend.health().generation
 
     async def _give_up(self, loaded: LoadedModel, error: TinkercloudError) -> None:
-        model_id = loaded.model.model_id
-        self._loaded.pop(model_id, None)
-        await self._database.write(models.move, model_id, ModelStatus.FAILED)
-        loaded.host.tasks.close_model(model_id, BackendError(f"model was not created: {error}"))
+        self._close(loaded, BackendError(f"model was not created: {error}"))
+        await self._free_slot(loaded)
+        await self._record(loaded, ModelStatus.FAILED)
 
     # ----------------------------------------------------------------- look-up
 
@@ -244,33 +257,52 @@ class ModelService:
             await self._unload(loaded, Gone(f"the session has ended ({reason})"))
 
     async def _unload(self, loaded: LoadedModel, error: TinkercloudError) -> None:
-        model_id, host = loaded.model.model_id, loaded.host
-        self._loaded.pop(model_id, None)
-        metrics.LOADED_MODELS.set(len(self._loaded))
-        host.tasks.close_model(model_id, error)
-
-        async def free() -> None:
-            if loaded.slot is not None:
-                slot, loaded.slot = loaded.slot, None
-                await host.backend.unload_slot(slot)
-                host.slots.free(slot)
-
-        await host.tasks.run_between(free)
-        await self._database.write(models.move, model_id, ModelStatus.UNLOADED)
-        log.info("model.unloaded", model_id=model_id, reason=str(error))
+        self._close(loaded, error)
+        await loaded.host.tasks.run_between(lambda: self._free_slot(loaded))
+        await self._record(loaded, ModelStatus.UNLOADED)
+        log.info("model.unloaded", model_id=loaded.model.model_id, reason=str(error))
 
     async def lose_all(self, base_model: str, reason: str) -> None:
-        """The engine died, and with it the adapters that were only in its memory."""
-        for loaded in [x for x in self._loaded.values() if x.model.base_model == base_model]:
-            model_id, host = loaded.model.model_id, loaded.host
-            self._loaded.pop(model_id, None)
+        """The engine died, and with it the adapters that were only in its memory.
+
+        Models that wait for their creation, or were loaded into its successor, live on.
+        """
+        host = self._hosts.get(base_model)
+        lost = [x for x in self._loaded.values() if x.host is host and x.is_lost()]
+        for loaded in lost:
+            self._close(loaded, BackendError(_LOST.format(id=loaded.model.model_id)))
             if loaded.slot is not None:
                 host.slots.free(loaded.slot)
                 loaded.slot = None
-            host.tasks.close_model(model_id, BackendError(_LOST.format(id=model_id)))
-            await self._database.write(models.move, model_id, ModelStatus.LOST)
-            log.error("model.lost", model_id=model_id, reason=reason)
+        for loaded in lost:
+            await self._record(loaded, ModelStatus.LOST)
+            log.error("model.lost", model_id=loaded.model.model_id, reason=reason)
+
+    def _close(self, loaded: LoadedModel, error: TinkercloudError) -> None:
+        """From here on every operation, queued or to come, fails with ``error``."""
+        self._loaded.pop(loaded.model.model_id, None)
         metrics.LOADED_MODELS.set(len(self._loaded))
+        loaded.host.tasks.close_model(loaded.model.model_id, error)
+
+    async def _free_slot(self, loaded: LoadedModel) -> None:
+        """Only where no plan can be using the slot."""
+        if loaded.slot is None:
+            return
+        slot, loaded.slot = loaded.slot, None
+        try:
+            await loaded.host.backend.unload_slot(slot)
+        except BackendError as error:
+            # It went with its engine, or the next model that gets the slot replaces it.
+            log.warning("model.not_unloaded", model_id=loaded.model.model_id, error=str(error))
+        finally:
+            loaded.host.slots.free(slot)
+
+    async def _record(self, loaded: LoadedModel, status: ModelStatus) -> None:
+        """A full disk does not keep a model from ending; the next start corrects the record."""
+        try:
+            await self._database.write(models.move, loaded.model.model_id, status)
+        except StorageError as error:
+            log.error("model.status_not_stored", model_id=loaded.model.model_id, error=str(error))
 
 
 async def readable_checkpoint(database: Database, owner: str, path: TinkerPath) -> Checkpoint:
