@@ -9,11 +9,12 @@ import orjson
 import pytest
 import sqlalchemy as sa
 
-from tests.services.test_server import ME, MODEL, Client, config, running
+from tests.services.test_server import ME, MODEL, Client, config, running, train_body
 from training.backends.fake import FakeBackend
-from training.core.errors import Gone
+from training.core.errors import BackendError, Gone, StorageError
 from training.core.records import FutureStatus, ModelStatus
 from training.services.server import Server
+from training.storage import tables
 from training.wire.requests import LoadWeightsRequest
 
 
@@ -120,3 +121,31 @@ async def test_every_model_of_a_dead_engine_is_given_up_on_a_full_disk(tmp_path:
         for client in clients:
             with pytest.raises(Gone):
                 await client.train()
+
+
+async def test_a_server_on_a_full_disk_can_be_closed(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    async with running(settings) as server:
+        client = await Client.connect(server)
+        await client.create()
+        body = train_body(client.model_id, 2)  # waits for operation 1
+        request_id, _ = await server.training.forward_backward(ME, body)
+        await refuse_writes(server)
+        server.hosts.get(MODEL).tasks.close_model(client.model_id, BackendError("ended"))
+        await asyncio.sleep(0.1)  # the outcome cannot be stored and is tried again
+        backend = fake_backend(server)
+    assert not backend.health().alive
+    async with running(settings) as server:
+        result = await server.promises.wait(request_id, ME, 60)
+        assert result is not None
+        assert result.status is FutureStatus.FAILED
+
+
+async def test_a_start_that_fails_leaves_no_engine_behind(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    async with running(settings) as server:
+        await server.database.write(lambda c: tables.sessions.drop(c))
+    failing = Server(settings)
+    with pytest.raises(StorageError):
+        await failing.start()
+    assert not fake_backend(failing).health().alive

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import structlog
@@ -44,6 +45,11 @@ class Promises:
         self._recent: OrderedDict[str, _Entry] = OrderedDict()
         self._recent_bytes = 0
         self._scope_watchers: dict[str, set[asyncio.Event]] = {}
+        self._closing = asyncio.Event()
+
+    def close(self) -> None:
+        """From now on an outcome that cannot be stored stays pending; it is not tried again."""
+        self._closing.set()
 
     async def accept(
         self, new: NewFuture, also: Callable[[Connection], None] | None = None
@@ -149,8 +155,11 @@ class Promises:
                 return await self._database.write(futures.finish, request_id, result, utcnow())
             except StorageError as error:
                 log.error("future.not_stored", request_id=request_id, error=str(error))
-                await asyncio.sleep(delay_s)
-                delay_s = min(delay_s * 2, _MAX_RETRY_DELAY_S)
+                if self._closing.is_set():
+                    raise
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), delay_s)
+            delay_s = min(delay_s * 2, _MAX_RETRY_DELAY_S)
 
     async def _stored_result(self, request_id: str, owner: str) -> FutureResult | None:
         future = await self._database.read(futures.get, request_id)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
+
 import structlog
 
 from training.config import TrainingConfig
@@ -47,18 +49,28 @@ class Server:
         self.files = CheckpointFiles(config.storage.checkpoint_dir)
         self.promises = Promises(self.database)
         self.sessions = SessionService(self.database, config.session, self._session_ended)
+        self._running = AsyncExitStack()
 
     async def start(self) -> None:
         """Raises ``ConfigError`` or ``StorageError``, with nothing left running."""
-        await self.database.start()
         try:
-            await in_thread(self.files.prepare)
-            self.hosts = await start_hosts(
-                self.config, self.files, self.promises.settle, self._backend_died
-            )
+            await self._start()
         except BaseException:
-            await self.database.close()
+            await self._running.aclose()
             raise
+        log.info("server.ready", models=self.hosts.names())
+
+    async def _start(self) -> None:
+        """What is started first is closed last."""
+        on_close = self._running.push_async_callback
+        await self.database.start()
+        on_close(self.database.close)
+        await in_thread(self.files.prepare)
+        self.hosts = await start_hosts(
+            self.config, self.files, self.promises.settle, self._backend_died
+        )
+        on_close(self.hosts.close)
+        self._running.callback(self.promises.close)
         desk = OperationDesk(self.promises)
         self.models = ModelService(self.database, self.files, self.hosts, self.sessions, desk)
         self.training = TrainingService(self.models, desk)
@@ -72,17 +84,15 @@ class Server:
             self.promises,
             self.config.scheduler,
         )
+        on_close(self.sampling.close)
+        on_close(self.sessions.close)
         await self.sessions.start()
+        on_close(self.checkpoints.close)
         await self.checkpoints.start()
         await self._recover()
-        log.info("server.ready", models=self.hosts.names())
 
     async def close(self) -> None:
-        await self.checkpoints.close()
-        await self.sessions.close()
-        await self.sampling.close()
-        await self.hosts.close()
-        await self.database.close()
+        await self._running.aclose()
         log.info("server.closed")
 
     async def _recover(self) -> None:
