@@ -149,3 +149,21 @@ async def test_a_start_that_fails_leaves_no_engine_behind(tmp_path: Path) -> Non
     with pytest.raises(StorageError):
         await failing.start()
     assert not fake_backend(failing).health().alive
+
+
+async def test_requests_on_inflight_weights_survive_the_next_save(tmp_path: Path) -> None:
+    async with running(config(tmp_path)) as server:
+        client = await Client.connect(server)
+        await client.create()
+        sampler = await client.save_for_sampler(0, "inflight")
+
+        async def sample(seq: int) -> FutureStatus:
+            await asyncio.sleep(0.001 * seq)
+            return (await client.sample(sampler, seq)).status
+
+        samples = [asyncio.create_task(sample(seq)) for seq in range(200)]
+        number = 1
+        while not all(task.done() for task in samples):
+            await client.save_for_sampler(number, "inflight")
+            number += 1
+        assert {task.result() for task in samples} == {FutureStatus.DONE}

@@ -200,7 +200,7 @@ class SamplingService:
         self, request_id: str, session: SamplingSession, request: SampleJsonRequest
     ) -> None:
         try:
-            result = await self._outcome(request_id, session, request)
+            result = await self._on_newest(request_id, session, request)
         except TinkercloudError as error:
             result = failed(error)
         except Exception as error:
@@ -209,6 +209,21 @@ class SamplingService:
             result = failed(BackendError(f"internal error ({type(error).__name__})"))
         metrics.OPERATIONS.labels(FutureKind.SAMPLE.value, result.status.value).inc()
         await self._promises.settle(request_id, result)
+
+    async def _on_newest(
+        self, request_id: str, session: SamplingSession, request: SampleJsonRequest
+    ) -> FutureResult:
+        """A save of inflight weights takes the older ones away from requests on their way."""
+        while True:
+            try:
+                return await self._outcome(request_id, session, request)
+            except TinkercloudError:
+                newest = await self.get_session(session.owner, session.sampling_session_id)
+                if newest.snapshot_id == session.snapshot_id or session.snapshot_id is None:
+                    raise
+                # This request may have published them again after they were retired.
+                await self._hosts.get(session.base_model).snapshots.retire(session.snapshot_id)
+                session = newest
 
     async def _outcome(
         self, request_id: str, session: SamplingSession, request: SampleJsonRequest
