@@ -11,7 +11,8 @@ import sqlalchemy as sa
 
 from tests.services.test_server import ME, MODEL, Client, config, running, train_body
 from training.backends.fake import FakeBackend
-from training.core.errors import BackendError, Gone, StorageError
+from training.core.errors import BackendError, Gone, NotFound, StorageError
+from training.core.ids import TinkerPath
 from training.core.records import FutureStatus, ModelStatus
 from training.services.server import Server
 from training.storage import tables
@@ -167,3 +168,18 @@ async def test_requests_on_inflight_weights_survive_the_next_save(tmp_path: Path
             await client.save_for_sampler(number, "inflight")
             number += 1
         assert {task.result() for task in samples} == {FutureStatus.DONE}
+
+
+async def test_an_expired_checkpoint_does_not_take_its_successor_along(tmp_path: Path) -> None:
+    async with running(config(tmp_path)) as server:
+        client = await Client.connect(server)
+        await client.create()
+        path = orjson.loads((await client.save("a")).body)["path"]
+        expired = await server.models.training_checkpoint(ME, path)
+        await client.save("a", overwrite=True)
+        await server.checkpoints._remove(expired)  # what the reaper had read before the save
+        kept = await server.models.training_checkpoint(ME, path)
+        assert server.files.verify(kept.directory).is_dir()
+        await server.checkpoints.delete(ME, TinkerPath.parse(path))
+        with pytest.raises(NotFound):
+            await server.models.training_checkpoint(ME, path)

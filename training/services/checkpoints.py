@@ -236,9 +236,9 @@ class CheckpointService:
         await self._remove(await self.owned(owner, path))
 
     async def _remove(self, checkpoint: Checkpoint) -> None:
-        await self._database.write(checkpoints.delete, checkpoint.path)
-        await in_thread(self._files.delete, checkpoint.directory)
-        log.info("checkpoint.deleted", path=str(checkpoint.path))
+        if await self._database.write(checkpoints.delete, checkpoint):
+            await in_thread(self._files.delete, checkpoint.directory)
+            log.info("checkpoint.deleted", path=str(checkpoint.path))
 
     async def set_ttl(self, owner: str, path: TinkerPath, ttl_seconds: int | None) -> None:
         await self.owned(owner, path)
