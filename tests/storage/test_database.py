@@ -29,7 +29,7 @@ from training.core.records import (
     SessionStatus,
     utcnow,
 )
-from training.storage.connections import _Sqlite
+from training.storage.connections import _Sqlite, connect
 from training.storage.database import Database
 from training.storage.repositories import (
     checkpoints,
@@ -227,3 +227,18 @@ async def test_a_database_that_cannot_be_opened_says_so(tmp_path: Path) -> None:
     database = Database(f"sqlite:///{tmp_path / 'file' / 'futures.db'}")
     with pytest.raises(StorageError, match="cannot open database"):
         await database.start()
+
+
+async def test_a_database_that_cannot_be_reached_is_worth_a_repetition(database: Database) -> None:
+    """``StorageError`` is what outcomes are kept for and what clients are told to repeat."""
+    sqlite = database._connections
+    nobody_listens = sa.make_url("postgresql+asyncpg://u:p@127.0.0.1:1/db")
+    database._connections = connect(nobody_listens)
+    with pytest.raises(StorageError):
+        await database.read(futures.get, "req-1")
+    writes = [database.write(futures.insert, new_future(n), utcnow()) for n in range(3)]
+    for outcome in await asyncio.gather(*writes, return_exceptions=True):
+        assert isinstance(outcome, StorageError)
+    await database._connections.close()
+    database._connections = sqlite
+    assert (await database.write(futures.insert, new_future(1), utcnow())).is_new

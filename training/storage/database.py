@@ -31,6 +31,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Statement = Callable[Concatenate[Connection, P], T]
 
+_FAILURES = (DBAPIError, OSError)
+"""Of the database or the way to it; asyncpg raises ``OSError`` where nobody listens."""
+
 MAX_GROUP = 256
 MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -58,7 +61,7 @@ class Database:
         try:
             self._connections = connect(self._url)
             await self._connections.transact(_upgrade)
-        except (OSError, DBAPIError) as error:
+        except _FAILURES as error:
             await self.close()
             raise StorageError(
                 f"cannot open database {self._url.render_as_string(hide_password=True)}: "
@@ -81,7 +84,7 @@ class Database:
         assert self._connections is not None, "database is not started"
         try:
             return await self._connections.read(lambda c: statement(c, *args, **kwargs))
-        except DBAPIError as error:
+        except _FAILURES as error:
             raise StorageError(f"database read failed: {_reason(error)}") from error
 
     async def write(self, statement: Statement[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -135,7 +138,7 @@ def _run_group(connection: Connection, statements: Sequence[Statement[[], Any]])
             with connection.begin_nested():
                 outcomes.append(_Outcome(statement(connection), None))
         except Exception as error:
-            if isinstance(error, DBAPIError) and not isinstance(error, IntegrityError):
+            if _is_failure(error):
                 raise
             outcomes.append(_Outcome(None, error))
     return outcomes
@@ -147,11 +150,16 @@ def _settle(done: asyncio.Future[Any], outcome: _Outcome) -> None:
     error = outcome.error
     if error is None:
         done.set_result(outcome.result)
-    elif isinstance(error, DBAPIError) and not isinstance(error, IntegrityError):
+    elif _is_failure(error):
         log.error("database.write_failed", error=_reason(error))
         done.set_exception(StorageError(f"database write failed: {_reason(error)}"))
     else:
         done.set_exception(error)
+
+
+def _is_failure(error: Exception) -> bool:
+    """Whether the database failed, not the statement."""
+    return isinstance(error, _FAILURES) and not isinstance(error, IntegrityError)
 
 
 def _reason(error: Exception) -> str:
