@@ -29,6 +29,7 @@ from training.core.records import (
     SessionStatus,
     utcnow,
 )
+from training.storage import tables
 from training.storage.connections import _Sqlite, connect
 from training.storage.database import Database
 from training.storage.repositories import (
@@ -39,6 +40,7 @@ from training.storage.repositories import (
     sessions,
 )
 from training.storage.tables import metadata
+from training.wire.requests import CreateSessionRequest
 
 
 @pytest.fixture
@@ -242,3 +244,13 @@ async def test_a_database_that_cannot_be_reached_is_worth_a_repetition(database:
     await database._connections.close()
     database._connections = sqlite
     assert (await database.write(futures.insert, new_future(1), utcnow())).is_new
+
+
+@pytest.mark.parametrize("name", ["sdk_version", "project_id", "display_name"])
+def test_columns_hold_the_longest_text_that_a_request_may_bring(name: str) -> None:
+    """PostgreSQL refuses what is longer, and the client would be told to repeat it."""
+    options = CreateSessionRequest.model_json_schema()["properties"][name]["anyOf"]
+    column = tables.sessions.c[name].type
+    assert isinstance(column, sa.String)
+    longest = max(option.get("maxLength", 0) for option in options)
+    assert column.length is None or column.length >= longest
