@@ -110,3 +110,10 @@ async def test_completions_follow_a_cursor_and_keep_clones_apart(database: Datab
     assert (second.request_id, second.status) == ("req-sample:s-0", FutureStatus.FAILED)
     (cloned,) = await promises.completions("sample:s", 1, 0, 60)
     assert cloned.seq == CLONE_SEQS + 5
+
+
+async def test_a_clone_that_cannot_be_is_refused(database: Database) -> None:
+    largest = 2**63 // CLONE_SEQS - 1
+    assert await Promises(database).completions("sample:s", largest, 0, 0) == []
+    with pytest.raises(InvalidRequest):
+        await Promises(database).completions("sample:s", largest + 1, 0, 0)

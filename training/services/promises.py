@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from training.core.errors import NotFound, StorageError, TinkercloudError
+from training.core.errors import InvalidRequest, NotFound, StorageError, TinkercloudError
 from training.core.records import Future, FutureResult, FutureStatus, NewFuture, utcnow
 from training.core.task_manager import failed
 from training.storage.database import Connection, Database
@@ -121,7 +121,12 @@ class Promises:
     async def completions(
         self, scope: str, clone: int, after: int, timeout_s: float, limit: int = 1000
     ) -> list[Future]:
-        """Settled promises of one sampling client since cursor ``after``; waits for the first."""
+        """Settled promises of one sampling client since cursor ``after``; waits for the first.
+
+        Raises ``InvalidRequest`` for a ``clone`` whose sequence numbers no integer could hold.
+        """
+        if clone >= 2**63 // CLONE_SEQS:
+            raise InvalidRequest(f"there is no cloned sampler {clone}")
         deadline = asyncio.get_running_loop().time() + timeout_s
         watcher = asyncio.Event()
         self._scope_watchers.setdefault(scope, set()).add(watcher)
