@@ -692,6 +692,7 @@ def test_a_promise_is_only_its_owners(fake_server: Server, raw: Raw) -> None:
         "/training_runs?limit=-1",
         "/training_runs?limit=x",
         "/training_runs?offset=-5",
+        "/training_runs?offset=99999999999999999999",
         "/checkpoints?limit=99999999999999999999",
         "/nothing/here",
     ],

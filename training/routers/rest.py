@@ -28,7 +28,7 @@ from training.wire.responses import (
 router = APIRouter(prefix=API, tags=["rest"])
 
 Limit = Annotated[int, Query(ge=0, le=1000)]
-Offset = Annotated[int, Query(ge=0)]
+Offset = Annotated[int, Query(ge=0, lt=2**63)]
 
 _TYPES: dict[CheckpointKind, Literal["training", "sampler", "external"]] = {
     CheckpointKind.TRAINING: "training",
