@@ -24,7 +24,7 @@ import httpx
 REPOSITORY = Path(__file__).resolve().parent.parent
 KEY = "slime-test-key"
 OTHER_KEY = "slime-other-key"
-FAKE_MODEL = "tests/fake-bigram"
+FAKE_MODEL = "tests/tiny"
 START_TIMEOUT_S = 600.0
 """Only bounds a server that hangs; one whose process ends is noticed at once."""
 

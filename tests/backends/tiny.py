@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,17 +17,22 @@ CONTEXT_LENGTH = 512
 EOS_TOKEN_ID = 2
 
 
-def write_tiny_llama(directory: Path) -> Path:
-    """Deterministic. Token i reads as ``<i>``; weights are large enough that logits differ."""
+def write_tiny_llama(
+    directory: Path,
+    vocab_size: int = VOCAB_SIZE,
+    context_length: int = CONTEXT_LENGTH,
+    text_of: Callable[[int], str] = "<{}>".format,
+) -> Path:
+    """Deterministic. Token i reads as ``text_of(i)``; weights so large that logits differ."""
     torch.manual_seed(7)
     config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=CONTEXT_LENGTH,
+        max_position_embeddings=context_length,
         initializer_range=0.15,
         tie_word_embeddings=False,
         bos_token_id=1,
@@ -34,11 +40,13 @@ def write_tiny_llama(directory: Path) -> Path:
         pad_token_id=0,
     )
     LlamaForCausalLM(config).save_pretrained(directory)
-    vocabulary = {f"<{token}>": token for token in range(VOCAB_SIZE)}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<0>"))
+    vocabulary = {text_of(token): token for token in range(vocab_size)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=text_of(0)))
     tokenizer.decoder = Fuse()
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<2>"})
+        json.dumps(
+            {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": text_of(EOS_TOKEN_ID)}
+        )
     )
     return directory

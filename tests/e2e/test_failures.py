@@ -24,8 +24,8 @@ BAD = [datum([1, 2, 3], target_tokens=[2, 3, 100_000], weights=[1.0] * 3)]
 
 
 @pytest.fixture(scope="module")
-def service(fake_server: Server) -> Iterator[tinker.ServiceClient]:
-    with service_client(fake_server) as client:
+def service(any_server: Server) -> Iterator[tinker.ServiceClient]:
+    with service_client(any_server) as client:
         yield client
 
 

@@ -17,6 +17,7 @@ import torch
 from tinker import SamplingClient, types
 
 from tests.e2e.clients import (
+    CLOSE,
     logprobs_of,
     next_token,
     numbers,
@@ -35,8 +36,8 @@ EVERYTHING = types.SamplingParams(max_tokens=12, seed=7, stop=[])
 
 
 @pytest.fixture(scope="module")
-def service(fake_server: Server) -> Iterator[tinker.ServiceClient]:
-    with service_client(fake_server) as client:
+def service(any_server: Server) -> Iterator[tinker.ServiceClient]:
+    with service_client(any_server) as client:
         yield client
 
 
@@ -105,7 +106,7 @@ def test_greedy_takes_the_likeliest_token(
         assert row[0][0] == token
         assert row[0][1] >= row[1][1] >= row[2][1]
     known = forward_logprobs(scorer, [*PROMPT.to_ints(), *one.tokens])[-4:]
-    np.testing.assert_allclose(numbers(one.logprobs), known, atol=1e-6)
+    np.testing.assert_allclose(numbers(one.logprobs), known, atol=CLOSE)
 
 
 def test_logprobs_are_those_of_the_tempered_distribution(sampler: SamplingClient) -> None:
@@ -198,14 +199,14 @@ def test_sampled_logprobs_are_the_trainers(
 ) -> None:
     for sequence in sampler.sample(PROMPT, 4, EVERYTHING).result().sequences:
         known = forward_logprobs(scorer, [*PROMPT.to_ints(), *sequence.tokens])
-        np.testing.assert_allclose(numbers(sequence.logprobs), known[-12:], atol=1e-6)
+        np.testing.assert_allclose(numbers(sequence.logprobs), known[-12:], atol=CLOSE)
 
 
 def test_prompt_logprobs(sampler: SamplingClient, scorer: tinker.TrainingClient) -> None:
     known = forward_logprobs(scorer, PROMPT.to_ints())
     computed = sampler.compute_logprobs(PROMPT).result()
     assert computed[0] is None
-    np.testing.assert_allclose(numbers(computed[1:]), known, atol=1e-6)
+    np.testing.assert_allclose(numbers(computed[1:]), known, atol=CLOSE)
     params = types.SamplingParams(max_tokens=1)
     reply = sampler.sample(PROMPT, 1, params, include_prompt_logprobs=True).result()
     assert reply.prompt_logprobs == computed
@@ -218,7 +219,7 @@ def test_only_the_last_prompt_logprobs(sampler: SamplingClient) -> None:
     whole = sampler.compute_logprobs(PROMPT).result()
     last = sampler.compute_logprobs(PROMPT, prompt_logprobs_last_n=2).result()
     assert last[:3] == [None] * 3
-    assert last[3:] == pytest.approx(whole[3:], abs=1e-6)
+    assert last[3:] == pytest.approx(whole[3:], abs=CLOSE)
 
 
 def test_topk_prompt_logprobs(sampler: SamplingClient) -> None:
@@ -240,7 +241,7 @@ def test_topk_prompt_logprobs(sampler: SamplingClient) -> None:
         assert row is not None
         assert row[0][1] >= logprob - 1e-6
         if token in dict(row):
-            assert dict(row)[token] == pytest.approx(logprob, abs=1e-6)
+            assert dict(row)[token] == pytest.approx(logprob, abs=CLOSE)
 
 
 @pytest.mark.parametrize("layout", ["dense", "sparse"])
@@ -268,8 +269,8 @@ def test_chosen_tokens_are_scored_in_the_layout_asked_for(
     table = scored.to_torch()
     assert list(table.shape) == [4, 9]
     known = reply.prompt_logprobs or []
-    assert table[2, 0].item() == pytest.approx(known[3], abs=1e-6)
-    assert table[3, 0].item() == pytest.approx(known[4], abs=1e-6)
+    assert table[2, 0].item() == pytest.approx(known[3], abs=CLOSE)
+    assert table[3, 0].item() == pytest.approx(known[4], abs=CLOSE)
     assert table[2, 1].item() < 0
     assert int(torch.count_nonzero(table)) == 3
 
@@ -294,8 +295,8 @@ def test_a_repeated_prompt_may_count_cached_tokens(sampler: SamplingClient) -> N
 # --------------------------------------------------------------------------- ways to a sampler
 
 
-def test_every_path_to_the_trained_weights_gives_the_same(fake_server: Server) -> None:
-    with service_client(fake_server) as service:
+def test_every_path_to_the_trained_weights_gives_the_same(any_server: Server) -> None:
+    with service_client(any_server) as service:
         trainer = trainer_of(service)
         train(trainer, DATA, 4)
         named = trainer.save_weights_for_sampler("named").result().path
@@ -314,14 +315,14 @@ def test_every_path_to_the_trained_weights_gives_the_same(fake_server: Server) -
         base = service.create_sampling_client(base_model=FAKE_MODEL).result()
         known = forward_logprobs(trainer, PROMPT.to_ints())
         np.testing.assert_allclose(
-            numbers(samplers[0].compute_logprobs(PROMPT).result()[1:]), known, atol=1e-6
+            numbers(samplers[0].compute_logprobs(PROMPT).result()[1:]), known, atol=CLOSE
         )
         assert (
             base.compute_logprobs(PROMPT).result() != samplers[0].compute_logprobs(PROMPT).result()
         )
         for sampler in samplers:
             assert sampler.get_base_model() == FAKE_MODEL
-        info = rest_client(fake_server).get_sampler(samplers[2]._sampling_session_id).result()
+        info = rest_client(any_server).get_sampler(samplers[2]._sampling_session_id).result()
         assert info.model_path == named
 
 
@@ -340,14 +341,14 @@ def test_a_snapshot_stays_and_inflight_weights_move_on(service: tinker.ServiceCl
     assert inflight.compute_logprobs(PROMPT).result() == moved
 
 
-def test_sampler_weights_outlive_their_session(fake_server: Server) -> None:
-    with service_client(fake_server) as first:
+def test_sampler_weights_outlive_their_session(any_server: Server) -> None:
+    with service_client(any_server) as first:
         trainer = trainer_of(first)
         train(trainer, DATA, 3)
         path = trainer.save_weights_for_sampler("kept").result().path
         client = first.create_sampling_client(model_path=path).result()
         expected = tokens_of(client, EVERYTHING)
-    with service_client(fake_server) as second:
+    with service_client(any_server) as second:
         client = second.create_sampling_client(model_path=path).result()
         assert tokens_of(client, EVERYTHING) == expected
 
@@ -362,8 +363,8 @@ def test_a_missing_path_is_named(service: tinker.ServiceClient) -> None:
 # --------------------------------------------------------------------------- many clients
 
 
-def test_many_samples_at_once(fake_server: Server) -> None:
-    with service_client(fake_server) as service:
+def test_many_samples_at_once(any_server: Server) -> None:
+    with service_client(any_server) as service:
         trainer = trainer_of(service)
         train(trainer, DATA, 3)
         tuned = trainer.save_weights_and_get_sampling_client().result()
@@ -415,11 +416,11 @@ print(*client.sample(prompt, 1, params).result().sequences[0].tokens)
 
 
 def test_a_sampler_handle_works_in_another_process(
-    fake_server: Server, sampler: SamplingClient
+    any_server: Server, sampler: SamplingClient
 ) -> None:
     child = subprocess.run(
         [sys.executable, "-c", CHILD, sampler.get_sampler_handle()],
-        env=fake_server.client_environment(),
+        env=any_server.client_environment(),
         capture_output=True,
         text=True,
         check=False,
