@@ -80,7 +80,7 @@ class TaskManager:
         self._loop = asyncio.create_task(self._run(), name="task-manager")
 
     async def close(self) -> None:
-        """Stops after the call in flight; what is still queued stays pending in the database."""
+        """Abandons the call in flight; it and what is queued stay pending in the database."""
         if self._loop is not None:
             self._loop.cancel()
             await asyncio.gather(self._loop, return_exceptions=True)
