@@ -20,6 +20,7 @@ import tinker
 from rich.console import Console
 from rich.table import Table
 from tinker import types
+from transformers import AutoTokenizer
 
 from examples.common import BASE_MODEL, card_datum, chat, countries
 from tests.servers import running_server
@@ -30,11 +31,12 @@ NUM_STEPS = 4
 MAX_TOKENS = 64
 
 
-def differences(base_url: str, api_key: str, num_samples: int) -> np.ndarray[Any, Any]:
+def differences(
+    base_url: str, api_key: str, tokenizer: Any, num_samples: int
+) -> np.ndarray[Any, Any]:
     """|sampler - trainer| of every sampled token, in nats."""
     with tinker.ServiceClient(base_url=base_url, api_key=api_key) as service:
         trainer = service.create_lora_training_client(BASE_MODEL, rank=32, seed=1).result()
-        tokenizer = trainer.get_tokenizer()
         cards = countries().train
         for step in range(NUM_STEPS):
             batch = [card_datum(tokenizer, card) for card in cards[step * 8 : step * 8 + 8]]
@@ -69,6 +71,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
     arguments = parser.parse_args()
     path = ensure_embedded_model(TrainingConfig())
+    tokenizer = AutoTokenizer.from_pretrained(str(path))
     table = Table(title="|sampler logprob - trainer logprob|, nats")
     for column in ("dtype", "tokens", "equal bits", "median", "mean", "largest"):
         table.add_column(column, justify="right")
@@ -78,7 +81,7 @@ def main() -> None:
             "engine": {"dtype": dtype},
         }
         with tempfile.TemporaryDirectory() as folder, running_server(Path(folder), settings) as it:
-            found = differences(it.base_url, it.api_key, arguments.samples)
+            found = differences(it.base_url, it.api_key, tokenizer, arguments.samples)
         table.add_row(
             dtype,
             str(len(found)),
