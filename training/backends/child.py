@@ -187,11 +187,15 @@ class EngineChild:
                 await asyncio.wait_for(self._process.wait(), 1.0)
             if self._process.returncode is None:
                 self._process.kill()
-        await self._process.wait()
-        await output
-        if self._sender is not None:
-            self._sender.cancel()
-        self._end()
+        try:
+            await self._process.wait()
+            await output
+        except Exception:
+            _log.exception("engine.output_lost", pid=self._process.pid)
+        finally:
+            if self._sender is not None:
+                self._sender.cancel()
+            self._end()
 
     async def _receive_all(self) -> None:
         while (message := await self._receive()) is not None:
@@ -212,6 +216,10 @@ class EngineChild:
                 await ipc.send_async(loop, self._socket, await self._outgoing.get())
         except ConnectionError:
             return  # _receive_all sees the same end and says why
+        except Exception:
+            # A frame that cannot be sent leaves its caller waiting on a live child: start over.
+            _log.exception("engine.send_failed", pid=self._process.pid)
+            self._process.kill()
 
     async def _forward_output(self) -> None:
         assert self._process.stdout is not None

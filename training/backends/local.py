@@ -29,7 +29,7 @@ from training.backends.base import (
 )
 from training.backends.child import EngineChild
 from training.config import ModelConfig, TrainingConfig
-from training.core.errors import BackendDead, BackendError, ConfigError
+from training.core.errors import BackendDead, ConfigError, TinkercloudError
 from training.models.registry import resolve_model_path
 
 RESTART_WINDOW_S = 600.0
@@ -136,7 +136,7 @@ class LocalBackend:
                 await child.call(ipc.Publish(snapshot_id, directory))
             except BackendDead:
                 break  # the supervisor sees it too
-            except BackendError as error:
+            except TinkercloudError as error:
                 _log.warning("engine.snapshot_lost", snapshot=snapshot_id, error=str(error))
                 self._snapshots.pop(snapshot_id, None)
         async with self._changed:
@@ -146,6 +146,14 @@ class LocalBackend:
             self._changed.notify_all()
 
     async def _supervise(self) -> None:
+        try:
+            await self._watch()
+        except Exception as error:
+            # The border of the job: with nobody watching, every call would wait for ever.
+            _log.exception("engine.supervisor_failed", model=self._model.name)
+            await self._give_up(f"the engine's supervisor failed: {type(error).__name__}")
+
+    async def _watch(self) -> None:
         while self._child is not None:
             child = self._child
             await child.ended.wait()
