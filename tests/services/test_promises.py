@@ -84,7 +84,7 @@ async def test_a_refused_promise_fails_with_its_category(database: Database) -> 
 
 async def test_an_adopted_promise_wakes_its_waiter(database: Database) -> None:
     await Promises(database).accept(new(1))
-    (pending,) = await database.read(futures.pending)
+    (pending,) = await database.read(futures.pending, FutureKind.SAMPLE)
     promises = Promises(database)
     promises.adopt(pending.future)
     waiting = asyncio.create_task(promises.wait(pending.future.request_id, "me", 60))

@@ -342,3 +342,25 @@ async def test_directories_that_nothing_refers_to_are_removed_at_start(tmp_path:
         assert len(server.files.names()) == 2
         revived = Client(server, client.session_id)
         assert (await revived.sample(sampler, seq=5)).status is FutureStatus.DONE
+
+
+async def test_the_bytes_of_a_session_go_with_it(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    async with running(settings) as server:
+        client = await Client.connect(server)
+        await client.create()
+        body = train_body(client.model_id, 1)
+        request_id, _ = await server.training.forward_backward(ME, body)
+        await client.result(request_id)
+        await server.sessions.finish(ME, client.session_id, "success", None)
+    async with running(settings) as server:
+        gone = await server.promises.wait(request_id, ME, 0)
+        assert gone is not None
+        assert (gone.status, gone.category.value) == (FutureStatus.FAILED, "user")
+        assert "deleted when its session ended" in gone.error
+        for table in (tables.payloads, tables.results):
+            assert await server.database.read(num_rows, table) == 0
+
+
+def num_rows(connection: sa.Connection, table: sa.Table) -> int:
+    return int(connection.execute(sa.select(sa.func.count()).select_from(table)).scalar_one())

@@ -7,8 +7,8 @@ from contextlib import AsyncExitStack
 import structlog
 
 from training.config import TrainingConfig
-from training.core.errors import BackendError, TinkercloudError
-from training.core.records import FutureKind, ModelStatus
+from training.core.errors import TinkercloudError
+from training.core.records import FutureKind, ModelStatus, utcnow
 from training.core.task_manager import failed
 from training.core.threads import in_thread
 from training.services.auth import Authenticator
@@ -106,16 +106,14 @@ class Server:
         ):
             await self.database.write(models.move, model.model_id, ModelStatus.LOST)
             log.warning("model.lost", model_id=model.model_id, reason="server restarted")
-        for stored in await self.database.read(futures.pending):
+        error = (
+            "the server restarted before this operation was done, and the model's state was lost; "
+            "go on from its last checkpoint"
+        )
+        await self.database.write(futures.fail_pending, error, utcnow(), FutureKind.SAMPLE)
+        for stored in await self.database.read(futures.pending, FutureKind.SAMPLE):
             self.promises.adopt(stored.future)
-            if stored.future.kind is FutureKind.SAMPLE:
-                await self._resume_sample(stored)
-                continue
-            error = BackendError(
-                "the server restarted before this operation was done, and the model's state was "
-                "lost; go on from its last checkpoint"
-            )
-            await self.promises.settle(stored.future.request_id, failed(error))
+            await self._resume_sample(stored)
         await self._collect_garbage()
 
     async def _resume_sample(self, stored: futures.Payload) -> None:
@@ -135,6 +133,7 @@ class Server:
     async def _session_ended(self, session_id: str, reason: str) -> None:
         await self.models.unload_session(session_id, reason)
         await self.sampling.release_session(session_id)
+        await self.database.write(futures.drop_bytes, session_id)
 
     async def _backend_died(self, base_model: str, reason: str) -> None:
         await self.models.lose_all(base_model, reason)

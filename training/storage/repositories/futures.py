@@ -56,11 +56,6 @@ def insert(connection: sa.Connection, new: NewFuture, at: datetime) -> Stored:
     return Stored(new.request_id, is_new=True)
 
 
-def find(connection: sa.Connection, scope: str, seq: int) -> str | None:
-    query = sa.select(table.c.request_id).where(table.c.scope == scope, table.c.seq == seq)
-    return connection.execute(query).scalar_one_or_none()
-
-
 def get(connection: sa.Connection, request_id: str) -> Future | None:
     row = first(connection, _columns().where(table.c.request_id == request_id))
     return None if row is None else _future(row)
@@ -82,6 +77,12 @@ def result(connection: sa.Connection, request_id: str) -> FutureResult | None:
     row = first(connection, query)
     if row is None:
         return None
+    if row["status"] == FutureStatus.DONE and row["body"] is None:
+        return FutureResult(
+            FutureStatus.FAILED,
+            error="this result was deleted when its session ended",
+            category=ErrorCategory.USER,
+        )
     return FutureResult(
         status=FutureStatus(row["status"]),
         body=row["body"] or b"",
@@ -121,12 +122,12 @@ def finish(
     return completion
 
 
-def pending(connection: sa.Connection) -> list[Payload]:
-    """Every unsettled promise with its payload, in the order of acceptance."""
+def pending(connection: sa.Connection, kind: FutureKind) -> list[Payload]:
+    """Every unsettled promise of a kind with its payload, in the order of acceptance."""
     query = (
         _columns(payloads.c.content_type, payloads.c.body)
         .select_from(table.join(payloads, table.c.request_id == payloads.c.request_id))
-        .where(table.c.status == FutureStatus.PENDING)
+        .where(table.c.status == FutureStatus.PENDING, table.c.kind == kind)
         .order_by(table.c.created_at, table.c.seq)
     )
     found = []
@@ -135,6 +136,30 @@ def pending(connection: sa.Connection) -> list[Payload]:
         content_type, body = values.pop("content_type"), values.pop("body")
         found.append(Payload(_future(values), content_type, body))
     return found
+
+
+def fail_pending(connection: sa.Connection, error: str, at: datetime, but: FutureKind) -> int:
+    """Fails every unsettled promise except those of kind ``but``; returns how many."""
+    statement = (
+        sa.update(table)
+        .where(table.c.status == FutureStatus.PENDING, table.c.kind != but)
+        .values(
+            status=FutureStatus.FAILED,
+            error=error,
+            category=ErrorCategory.SERVER,
+            finished_at=at,
+        )
+    )
+    return connection.execute(statement).rowcount
+
+
+def drop_bytes(connection: sa.Connection, session_id: str) -> None:
+    """Deletes payloads and results of a session's settled promises; the rows remain."""
+    settled = sa.select(table.c.request_id).where(
+        table.c.session_id == session_id, table.c.status != FutureStatus.PENDING
+    )
+    for bytes_of in (payloads, results):
+        connection.execute(sa.delete(bytes_of).where(bytes_of.c.request_id.in_(settled)))
 
 
 def completions(
@@ -153,17 +178,6 @@ def completions(
         .limit(limit)
     )
     return [_future(row) for row in every(connection, query)]
-
-
-def drop_payload(connection: sa.Connection, request_id: str) -> None:
-    connection.execute(sa.delete(payloads).where(payloads.c.request_id == request_id))
-
-
-def next_seq(connection: sa.Connection, scope: str) -> int:
-    """The sequence number after the highest one accepted in ``scope``."""
-    query = sa.select(sa.func.max(table.c.seq)).where(table.c.scope == scope)
-    highest = connection.execute(query).scalar_one_or_none()
-    return 0 if highest is None else int(highest) + 1
 
 
 def _columns(*more: sa.ColumnElement[object]) -> sa.Select[tuple[object, ...]]:

@@ -8,7 +8,7 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from training.core.records import Session, SessionStatus
-from training.storage.repositories.rows import Row, count, every, first, insert_new
+from training.storage.repositories.rows import Row, every, first, insert_new
 from training.storage.tables import sessions as table
 
 
@@ -19,21 +19,6 @@ def insert(connection: sa.Connection, session: Session) -> bool:
 def get(connection: sa.Connection, session_id: str) -> Session | None:
     row = first(connection, sa.select(table).where(table.c.session_id == session_id))
     return None if row is None else _session(row)
-
-
-def page(connection: sa.Connection, owner: str, limit: int, offset: int) -> list[Session]:
-    query = (
-        sa.select(table)
-        .where(table.c.owner == owner)
-        .order_by(table.c.created_at.desc(), table.c.session_id)
-        .limit(limit)
-        .offset(offset)
-    )
-    return [_session(row) for row in every(connection, query)]
-
-
-def num_owned(connection: sa.Connection, owner: str) -> int:
-    return count(connection, table, table.c.owner == owner)
 
 
 def touch(connection: sa.Connection, beats: dict[str, datetime]) -> None:
