@@ -267,8 +267,9 @@ async def test_a_full_queue_says_so_before_anything_is_stored(harness: Harness) 
     for seq in range(2, 102):
         harness.train("m", seq)
     with pytest.raises(Busy):
-        harness.tasks.check_room("m")
-    harness.tasks.check_room("n")
+        harness.tasks.check_room("m", 200)
+    harness.tasks.check_room("m", 1)
+    harness.tasks.check_room("n", 200)
 
 
 async def test_an_action_between_plans_runs_and_its_error_comes_back(harness: Harness) -> None:

@@ -16,9 +16,6 @@ class SlotPool:
     def available(self) -> int:
         return len(self._free)
 
-    def can_allocate(self) -> bool:
-        return bool(self._free)
-
     def allocate(self, holder: str) -> int:
         """Raises ``BackendError`` when every slot is taken."""
         if not self._free:

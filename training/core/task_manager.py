@@ -32,7 +32,7 @@ from training.core.errors import (
 from training.core.model_queue import ModelQueue
 from training.core.operations import CallWork, Operation, OptimWork, RefusedWork, TrainWork
 from training.core.planner import Plan, PlanKind, plan_next
-from training.core.records import FutureResult, FutureStatus
+from training.core.records import FutureKind, FutureResult, FutureStatus
 
 log = structlog.get_logger(__name__)
 
@@ -100,10 +100,13 @@ class TaskManager:
         for operation in queue.drain() if queue else []:
             self._settle(operation, failed(error))
 
-    def check_room(self, model_id: str) -> None:
-        """Raises ``Busy`` before anything is stored for a model whose queue is full."""
+    def check_room(self, model_id: str, seq: int) -> None:
+        """Raises ``Busy`` before anything is stored for a model whose queue is full; the operation
+        that all others wait for is always let in."""
         queue = self._queues.get(model_id)
-        if queue is not None and len(queue) >= self._max_pending_per_model:
+        if queue is None or seq <= queue.next_seq:
+            return
+        if len(queue) >= self._max_pending_per_model:
             raise Busy(f"{len(queue)} operations of this model are waiting", retry_after_s=1.0)
 
     def submit(self, operation: Operation) -> None:
@@ -294,7 +297,7 @@ class TaskManager:
     # ----------------------------------------------------------------- outcomes
 
     def _refuse(self, operation: Operation, error: TinkercloudError) -> None:
-        spoils = operation.kind.value == "ForwardBackward"
+        spoils = operation.kind is FutureKind.FORWARD_BACKWARD
         kind = PlanKind.FORWARD_BACKWARD if spoils else PlanKind.REFUSE
         self._fail([operation], error, kind)
 

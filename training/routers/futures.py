@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 from fastapi.responses import Response
 
+from training.core.errors import Busy, StorageError
 from training.core.records import Future, FutureStatus
 from training.routers.common import API, BodyDep, OwnerDep, ServerDep, answer, json_body, parse
 from training.services.sampling import sample_scope
@@ -25,7 +26,11 @@ async def retrieve_future(server: ServerDep, owner: OwnerDep, body: BodyDep) -> 
     """The result's own bytes; 200 with ``error`` for a failure; 408 while there is neither."""
     request = await parse(RetrieveFutureRequest, body)
     timeout_s = server.config.server.long_poll_s
-    result = await server.promises.wait(request.request_id, owner, timeout_s)
+    try:
+        result = await server.promises.wait(request.request_id, owner, timeout_s)
+    except StorageError as error:
+        # The SDK asks again without a pause after a 5xx here, and with one after a 429.
+        raise Busy(str(error), retry_after_s=2.0) from error
     if result is None:
         return answer(TryAgain(request_id=request.request_id), status=408)
     if result.status is FutureStatus.DONE:

@@ -268,7 +268,8 @@ def _insert_sampler(connection: Connection, session: SamplingSession) -> list[st
         assert session.model_id is not None
         assert session.snapshot_id is not None
         unused = sampling_sessions.move_inflight(connection, session.model_id, session.snapshot_id)
-    sampling_sessions.insert(connection, session)
+    if not sampling_sessions.insert(connection, session):
+        raise InvalidRequest(f"sampling session {session.sampling_session_id} exists already")
     return unused
 
 

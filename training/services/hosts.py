@@ -35,7 +35,8 @@ class Snapshots:
         try:
             await asyncio.shield(publishing)
         except Exception:
-            self._published.pop(snapshot_id, None)
+            if self._published.get(snapshot_id) is publishing:
+                del self._published[snapshot_id]
             raise
 
     async def retire(self, snapshot_id: str) -> None:

@@ -101,7 +101,14 @@ class ModelService:
             optimizer = to_optimizer_family(request.optimizer_config, capabilities)
         except RequestError as error:
             return await self._desk.refuse(incoming, error)
-        model = _new_model(incoming, request.base_model, lora, optimizer, request.user_metadata)
+        model = _new_model(
+            incoming,
+            request.model_seq_id,
+            request.base_model,
+            lora,
+            optimizer,
+            request.user_metadata,
+        )
         return await self._accept(incoming, model, host, None, with_optimizer=False)
 
     async def create_from_checkpoint(
@@ -128,7 +135,12 @@ class ModelService:
         except RequestError as error:
             return await self._desk.refuse(incoming, error)
         model = _new_model(
-            incoming, checkpoint.base_model, checkpoint.lora, family, request.user_metadata
+            incoming,
+            request.model_seq_id,
+            checkpoint.base_model,
+            checkpoint.lora,
+            family,
+            request.user_metadata,
         )
         model = replace(model, loaded_from=str(checkpoint.path))
         return await self._accept(incoming, model, host, checkpoint, request.optimizer)
@@ -296,6 +308,7 @@ class ModelService:
             log.warning("model.not_unloaded", model_id=loaded.model.model_id, error=str(error))
         finally:
             loaded.host.slots.free(slot)
+            loaded.host.slots.check_integrity()
 
     async def _record(self, loaded: LoadedModel, status: ModelStatus) -> None:
         """A full disk does not keep a model from ending; the next start corrects the record."""
@@ -339,17 +352,17 @@ def _creation(
 
 def _new_model(
     incoming: Incoming,
+    model_seq_id: int,
     base_model: str,
     lora: LoraSpec,
     optimizer: str,
     user_metadata: Mapping[str, Any] | None,
 ) -> Model:
     now = utcnow()
-    session_id, _, model_seq_id = incoming.model_id.rpartition(":train:")
     return Model(
         model_id=incoming.model_id,
-        session_id=session_id,
-        model_seq_id=int(model_seq_id),
+        session_id=incoming.session_id,
+        model_seq_id=model_seq_id,
         owner=incoming.owner,
         base_model=base_model,
         lora=lora,

@@ -68,7 +68,7 @@ class OperationDesk:
 
         ``opened`` runs between the two, for an operation that makes its own queue.
         """
-        host.tasks.check_room(incoming.model_id)
+        host.tasks.check_room(incoming.model_id, incoming.seq)
         arrived_s = time.monotonic()
 
         def store(connection: Connection) -> None:
