@@ -2,8 +2,8 @@
 
     python -m examples.sft --steps 30
 
-The loss of 24 countries that are never trained on falls too: the form carries
-over, what can only be known by heart does not.
+The loss of 24 countries that are never trained on falls too: the form carries over, and what the
+model knows of them finds its place in it.
 """
 
 from __future__ import annotations

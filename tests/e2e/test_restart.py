@@ -31,32 +31,35 @@ def restart(server: Server) -> None:
 
 
 def test_checkpoints_and_results_survive_a_kill(tmp_path: Path) -> None:
-    with running_server(tmp_path) as server, Raw(server) as raw:
-        with service_client(server) as service:
-            trainer = trainer_of(service)
-            train(trainer, DATA, 3)
-            state = trainer.save_state("kept").result().path
-            weights = trainer.save_weights_for_sampler("kept").result().path
-            sampler = service.create_sampling_client(model_path=weights).result()
-            sampled = sampler.sample(prompt(1, 2), 1, PARAMS).result().sequences[0].tokens
-            expected = train(trainer, DATA, 3)
-            model = raw.new_model()
-            promise = raw.forward_backward(request(model, 1))
-            result = raw.retrieve(promise).content
-            unfinished = raw.forward_backward(request(model, 3))  # waits for number 2
+    with (
+        running_server(tmp_path) as server,
+        Raw(server) as raw,
+        service_client(server) as service,
+    ):
+        trainer = trainer_of(service)
+        train(trainer, DATA, 3)
+        state = trainer.save_state("kept").result().path
+        weights = trainer.save_weights_for_sampler("kept").result().path
+        sampler = service.create_sampling_client(model_path=weights).result()
+        sampled = sampler.sample(prompt(1, 2), 1, PARAMS).result().sequences[0].tokens
+        expected = train(trainer, DATA, 3)
+        model = raw.new_model()
+        promise = raw.forward_backward(request(model, 1))
+        result = raw.retrieve(promise).content
+        unfinished = raw.forward_backward(request(model, 3))  # waits for number 2
 
-            restart(server)
+        restart(server)
 
-            assert raw.retrieve(promise).content == result
-            answer = raw.retrieve(unfinished).json()
-            assert "restarted" in answer["error"]
-            assert answer["category"] == "server"
-            with pytest.raises(tinker.TinkerError, match="lost"):
-                trainer.forward_backward(DATA, "cross_entropy").result()
-            again = sampler.sample(prompt(1, 2), 1, PARAMS).result()
-            assert again.sequences[0].tokens == sampled, "samplers go on by themselves"
-            resumed = service.create_training_client_from_state_with_optimizer(state).result()
-            assert train(resumed, DATA, 3) == expected
+        assert raw.retrieve(promise).content == result
+        answer = raw.retrieve(unfinished).json()
+        assert "restarted" in answer["error"]
+        assert answer["category"] == "server"
+        with pytest.raises(tinker.TinkerError, match="lost"):
+            trainer.forward_backward(DATA, "cross_entropy").result()
+        again = sampler.sample(prompt(1, 2), 1, PARAMS).result()
+        assert again.sequences[0].tokens == sampled, "samplers go on by themselves"
+        resumed = service.create_training_client_from_state_with_optimizer(state).result()
+        assert train(resumed, DATA, 3) == expected
 
 
 def test_a_client_that_was_waiting_hears_of_the_restart(tmp_path: Path) -> None:
@@ -85,11 +88,15 @@ def test_a_stopped_server_ends_by_itself(tmp_path: Path) -> None:
 
 
 def engine_pids(server: Server) -> list[int]:
-    pids = []
-    for line in server.log_file.read_text().splitlines():
-        if line.startswith("{") and (entry := json.loads(line))["event"] == "engine.started":
-            pids.append(int(entry["pid"]))
-    return pids
+    lines = server.log_file.read_text().splitlines()
+    entries = [json.loads(line) for line in lines if line.startswith("{")]
+    return [int(entry["pid"]) for entry in entries if entry["event"] == "engine.started"]
+
+
+def work_until_it_fails(trainer: tinker.TrainingClient) -> None:
+    """Operations that a dying engine still answers are fine."""
+    while True:
+        trainer.forward(DATA, "cross_entropy").result()
 
 
 def test_a_killed_engine_comes_back_and_the_loss_is_said(tmp_path: Path) -> None:
@@ -111,8 +118,7 @@ def test_a_killed_engine_comes_back_and_the_loss_is_said(tmp_path: Path) -> None
         os.kill(engine_pids(server)[-1], signal.SIGKILL)
 
         with pytest.raises(tinker.TinkerError, match=r"(?i)engine|lost"):
-            while True:  # operations that the dying engine still answered are fine
-                trainer.forward(DATA, "cross_entropy").result()
+            work_until_it_fails(trainer)
         again = sampler.sample(prompt(1, 2), 1, PARAMS).result()
         assert again.sequences[0].tokens == sampled
         resumed = service.create_training_client_from_state_with_optimizer(state).result()
