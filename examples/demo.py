@@ -18,7 +18,7 @@ from tinker import APIFuture, SamplingClient, TrainingClient, types
 
 from examples import common
 
-SHOWN = ("France", "Japan", "Egypt")
+SHOWN = ("Japan", "Thailand", "Vietnam")
 """Held-out countries whose cards are asked for before and after."""
 MAX_TOKENS = 32
 
