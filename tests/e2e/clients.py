@@ -74,3 +74,21 @@ def train(trainer: tinker.TrainingClient, data: list[types.Datum], steps: int = 
         trainer.optim_step(RATE).result()
         losses.append(loss_of(loss.result()))
     return losses
+
+
+PROMPT = prompt(1, 9, 30, 4, 11)
+SEEDED = types.SamplingParams(max_tokens=12, seed=7, stop=[])
+
+
+def tokens_of(
+    sampler: tinker.SamplingClient, params: types.SamplingParams, num: int = 1
+) -> list[int]:
+    """All tokens of ``num`` samples after ``PROMPT``, one after the other."""
+    reply = sampler.sample(PROMPT, num, params).result()
+    return [token for sequence in reply.sequences for token in sequence.tokens]
+
+
+def forward_logprobs(trainer: tinker.TrainingClient, tokens: Sequence[int]) -> np.ndarray[Any, Any]:
+    """What the trainer says of tokens[1:]."""
+    (logprobs,) = logprobs_of(trainer.forward([next_token(tokens)], "cross_entropy").result())
+    return logprobs

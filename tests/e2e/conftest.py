@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.backends.tiny import write_tiny_llama
+from tests.e2e import raw as wire
 from tests.servers import FAKE_MODEL, Server, running_server
 
 
@@ -32,3 +33,20 @@ def any_server(request: pytest.FixtureRequest) -> Server:
     fixture = {"fake": "fake_server", "local": "tiny_server"}[str(request.param)]
     server: Server = request.getfixturevalue(fixture)
     return server
+
+
+@pytest.fixture
+def raw(fake_server: Server) -> Iterator[wire.Raw]:
+    with wire.Raw(fake_server) as client:
+        yield client
+
+
+@pytest.fixture
+def model(raw: wire.Raw) -> Iterator[str]:
+    """A model of the raw wire; operation 1 is the test's, and 2 and 3 must work after it."""
+    model_id = raw.new_model()
+    yield model_id
+    raw.retrieve(raw.forward_backward(wire.request(model_id, 1)))  # where the test used no number
+    raw.retrieve(raw.optim_step(model_id, 2, learning_rate=0.0))
+    assert raw.output(raw.forward_backward(wire.request(model_id, 3))).metrics["loss:sum"] > 0
+    assert "metrics" in raw.retrieve(raw.optim_step(model_id, 4, learning_rate=1e-3)).json()

@@ -12,12 +12,6 @@ from tests.e2e.raw import Raw, request
 from tests.servers import FAKE_MODEL, Server, running_server
 
 
-@pytest.fixture
-def raw(fake_server: Server) -> Iterator[Raw]:
-    with Raw(fake_server) as client:
-        yield client
-
-
 @pytest.fixture(scope="module")
 def hasty_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Gives up on gaps and polls after a moment."""
