@@ -71,7 +71,8 @@ class Head:
         them again there, since its loss needs all of its logprobs first."""
         hidden_RH = self.hidden_RH[rows]
         device = hidden_RH.device
-        targets = [torch.from_numpy(datum.targets).to(device) for datum in data]
+        # Copied: they are read-only views of the request, which torch does not take.
+        targets = [torch.tensor(datum.targets, device=device) for datum in data]
         kept: list[torch.Tensor] = []
         lse_parts, logprob_parts = [], []
         targets_RK = _pad_targets(targets)
