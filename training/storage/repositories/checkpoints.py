@@ -18,6 +18,7 @@ from training.storage.repositories.rows import (
     insert_new,
     lora_from_json,
     lora_to_json,
+    owned_page,
 )
 from training.storage.tables import checkpoints as table
 
@@ -66,14 +67,8 @@ def latest_of_run(
 
 
 def page(connection: sa.Connection, owner: str, limit: int, offset: int) -> list[Checkpoint]:
-    query = (
-        sa.select(table)
-        .where(table.c.owner == owner)
-        .order_by(table.c.created_at.desc(), table.c.path)
-        .limit(limit)
-        .offset(offset)
-    )
-    return [_checkpoint(row) for row in every(connection, query)]
+    rows = owned_page(connection, table, owner, table.c.created_at, limit, offset)
+    return [_checkpoint(row) for row in rows]
 
 
 def num_owned(connection: sa.Connection, owner: str) -> int:

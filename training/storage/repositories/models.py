@@ -17,6 +17,7 @@ from training.storage.repositories.rows import (
     insert_new,
     lora_from_json,
     lora_to_json,
+    owned_page,
 )
 from training.storage.tables import models as table
 
@@ -41,14 +42,8 @@ def with_status(connection: sa.Connection, statuses: Iterable[ModelStatus]) -> l
 
 
 def page(connection: sa.Connection, owner: str, limit: int, offset: int) -> list[Model]:
-    query = (
-        sa.select(table)
-        .where(table.c.owner == owner)
-        .order_by(table.c.last_request_at.desc(), table.c.model_id)
-        .limit(limit)
-        .offset(offset)
-    )
-    return [_model(row) for row in every(connection, query)]
+    rows = owned_page(connection, table, owner, table.c.last_request_at, limit, offset)
+    return [_model(row) for row in rows]
 
 
 def num_owned(connection: sa.Connection, owner: str) -> int:

@@ -35,6 +35,25 @@ def count(connection: sa.Connection, table: sa.Table, *where: sa.ColumnElement[b
     return int(connection.execute(query).scalar_one())
 
 
+def owned_page(
+    connection: sa.Connection,
+    table: sa.Table,
+    owner: str,
+    newest: sa.ColumnElement[Any],
+    limit: int,
+    offset: int,
+) -> list[Row]:
+    """An owner's rows, newest first; the primary key decides between equals."""
+    query = (
+        sa.select(table)
+        .where(table.c.owner == owner)
+        .order_by(newest.desc(), *table.primary_key)
+        .limit(limit)
+        .offset(offset)
+    )
+    return every(connection, query)
+
+
 def lora_to_json(lora: LoraSpec) -> dict[str, Any]:
     return asdict(lora)
 
