@@ -1,0 +1,80 @@
+// Tile registers: 16 rows of 64 bytes. Products are 16 x 16 floats += 16 x 32 bf16 * 32 x 16 bf16.
+//
+// The right operand lies in pairs: row p of its tile holds, for 16 columns, the elements 2p and
+// 2p + 1 of the sum. A row of the result depends on its row of the left operand alone.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "base.hpp"
+
+namespace kernels::amx {
+
+inline constexpr int kTileRows = 16;
+inline constexpr int kTileSum = 32;                       // elements of the sum that one tile covers
+inline constexpr int kTileElements = kTileRows * kTileSum;  // bf16 values of an operand tile
+
+// Asks the kernel for the right to use tiles, once per process; false where there are none.
+bool available();
+
+struct alignas(64) Config {
+  std::uint8_t palette = 1;
+  std::uint8_t start_row = 0;
+  std::uint8_t reserved[14] = {};
+  std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+inline constinit const Config kConfig;
+
+// All eight tiles whole. Must come first in every thread, and again after foreign code (oneDNN).
+inline void configure() {
+  // gcc's intrinsic tells the compiler of 8 of the 64 bytes it reads: a local would be stale.
+  asm volatile("ldtilecfg %0" : : "m"(kConfig));
+}
+
+inline void release() { _tile_release(); }
+
+// Elements [K][2][16] of a right operand's tile for 16 columns from the 16 rows of ``w`` (row n of
+// ``w`` is column n), 32 elements each: a transposition of 32-bit pairs.
+inline void transpose_pairs(const bf16* w, std::ptrdiff_t row_stride, bf16* tile) {
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(w + i * row_stride);
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(tile + i * 32, r[i]);
+}
+
+// Interleaves two rows of 32 elements: the row of a right operand's tiles whose sum runs over rows.
+// ``low`` gets columns 0..15 as [16][2], ``high`` columns 16..31.
+inline void interleave_rows(__m512i even, __m512i odd, bf16* low, bf16* high) {
+  const __m512i lo = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
+                                      39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i hi = _mm512_add_epi16(lo, _mm512_set1_epi16(16));
+  _mm512_storeu_si512(low, _mm512_permutex2var_epi16(even, lo, odd));
+  _mm512_storeu_si512(high, _mm512_permutex2var_epi16(even, hi, odd));
+}
+
+}  // namespace kernels::amx

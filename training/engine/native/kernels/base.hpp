@@ -1,0 +1,95 @@
+// Number formats and vector arithmetic shared by the kernels.
+//
+// Every sum here has one order that depends on the length of a row alone, so a row has the same bits
+// whatever is computed beside it.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace kernels {
+
+using bf16 = std::uint16_t;  // the upper half of an IEEE float
+using f32x16 = __m512;
+
+inline constexpr int kLanes = 16;
+
+inline __mmask16 first_lanes(int count) {
+  return count >= kLanes ? __mmask16(0xffff) : __mmask16((1u << count) - 1);
+}
+
+inline f32x16 widen(__m256i halves) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+inline f32x16 load(const bf16* from) {
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
+inline f32x16 load(const float* from) { return _mm512_loadu_ps(from); }
+
+inline f32x16 load(const bf16* from, __mmask16 lanes) {
+  return widen(_mm256_maskz_loadu_epi16(lanes, from));
+}
+
+inline f32x16 load(const float* from, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, from); }
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+inline __m256i narrow(f32x16 values) {
+  return (__m256i)_mm512_cvtneps_pbh(values);
+}
+
+inline void store(bf16* to, f32x16 values) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrow(values));
+}
+
+inline void store(float* to, f32x16 values) { _mm512_storeu_ps(to, values); }
+
+inline void store(bf16* to, f32x16 values, __mmask16 lanes) {
+  _mm256_mask_storeu_epi16(to, lanes, narrow(values));
+}
+
+inline void store(float* to, f32x16 values, __mmask16 lanes) {
+  _mm512_mask_storeu_ps(to, lanes, values);
+}
+
+inline float widen(bf16 value) {
+  std::uint32_t bits = std::uint32_t(value) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+inline f32x16 splat(float value) { return _mm512_set1_ps(value); }
+
+// e^x within 1 ulp or so: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial of degree 6 in r.
+// -inf gives 0, +inf gives inf, NaN stays NaN.
+inline f32x16 exp(f32x16 x) {
+  const f32x16 clamped = _mm512_max_ps(splat(-104.0f), _mm512_min_ps(splat(89.0f), x));
+  const f32x16 n = _mm512_roundscale_ps(_mm512_mul_ps(clamped, splat(1.44269504f)),
+                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  f32x16 r = _mm512_fnmadd_ps(n, splat(0.693145752f), clamped);
+  r = _mm512_fnmadd_ps(n, splat(1.42860677e-6f), r);
+  f32x16 p = splat(1.38888889e-3f);
+  p = _mm512_fmadd_ps(p, r, splat(8.33333333e-3f));
+  p = _mm512_fmadd_ps(p, r, splat(4.16666667e-2f));
+  p = _mm512_fmadd_ps(p, r, splat(1.66666667e-1f));
+  p = _mm512_fmadd_ps(p, r, splat(0.5f));
+  p = _mm512_fmadd_ps(p, r, splat(1.0f));
+  p = _mm512_fmadd_ps(p, r, splat(1.0f));
+  const f32x16 result = _mm512_scalef_ps(p, n);
+  return _mm512_mask_mov_ps(result, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x);
+}
+
+inline float sum(f32x16 values) { return _mm512_reduce_add_ps(values); }
+
+inline float max(f32x16 values) { return _mm512_reduce_max_ps(values); }
+
+inline constexpr int divide_up(int value, int by) { return (value + by - 1) / by; }
+
+inline constexpr int round_up(int value, int to) { return divide_up(value, to) * to; }
+
+}  // namespace kernels
