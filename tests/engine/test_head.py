@@ -12,7 +12,9 @@ from tests.engine.checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.engine.training_cases import UNEMBED, make_trainer, relative_error, sft_data
 from training.backends.base import Datum
 from training.engine.adapter import UNEMBED_LAYER, GradientSink, Group, Segment
-from training.engine.head import BLOCK_ROWS, HEAD_ROWS, Head
+from training.engine.head import GROUP_ROWS, Head
+from training.engine.model import Transformer
+from training.engine.torch_head import BLOCK_ROWS
 from training.engine.trainer import Trainer
 from training.losses import LOSSES
 
@@ -33,9 +35,9 @@ def soft_datum(length: int, width: int) -> Datum:
 @pytest.mark.parametrize(
     "data",
     [
-        sft_data((BLOCK_ROWS + 1, 1, HEAD_ROWS - 5, 30)),
-        sft_data((2 * HEAD_ROWS + 7, 3)),
-        [soft_datum(9, 4), *sft_data((5,)), soft_datum(HEAD_ROWS + 40, 2)],
+        sft_data((BLOCK_ROWS + 1, 1, GROUP_ROWS - 5, 30)),
+        sft_data((2 * GROUP_ROWS + 7, 3)),
+        [soft_datum(9, 4), *sft_data((5,)), soft_datum(GROUP_ROWS + 40, 2)],
     ],
     ids=["groups", "one long datum", "several targets"],
 )
@@ -55,6 +57,7 @@ def test_values_and_gradients(trainer: Trainer, data: list[Datum]) -> None:
 
     leaves = [hidden.clone().requires_grad_(), pair.a.clone(), pair.b.clone()]
     h, a, b = (leaf.detach().requires_grad_() for leaf in leaves)
+    assert isinstance(trainer.model, Transformer)
     logits = h @ trainer.model.weights.head.weight.T + adapter.scale * (h @ a.T @ b.T)
     logprobs = logits.log_softmax(-1)
     losses = []

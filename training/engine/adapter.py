@@ -128,10 +128,8 @@ class AdapterLayout:
 
 
 class Adapter:
-    """Weights of one adapter in the dtype that the model computes in.
-
-    ``flat`` is shared with its views: writing to it (``Trainer`` does after a step) changes them.
-    """
+    """Weights of one adapter in the dtype that the model computes in; ``flat`` is shared with the
+    views. A decoder that arranges weights otherwise derives from this class."""
 
     def __init__(self, layout: AdapterLayout, flat: torch.Tensor) -> None:
         self.layout = layout
@@ -143,6 +141,14 @@ class Adapter:
     @property
     def num_bytes(self) -> int:
         return self.flat.numel() * self.flat.element_size()
+
+    def update(self, weights_fp32: torch.Tensor) -> None:
+        """Takes over fp32 weights [num_params], as they are after a step.
+
+        In fp32 ``flat`` may be the very tensor given: there is then nothing to do.
+        """
+        if self.flat is not weights_fp32:
+            self.flat.copy_(weights_fp32)
 
     def group(self, layer: int, group: Group) -> LoraMatrices | None:
         """The matrices of a group of projections, or None where this adapter has none."""

@@ -103,7 +103,7 @@ class Decoder(Protocol):
     def head_pass(
         self, hidden_RH: torch.Tensor, targets_RK: Int32Array, segment: Segment, keep: bool
     ) -> HeadPass:
-        """``segment`` covers rows [0, R). ``keep``: hold what the backward pass needs where it fits,
+        """``segment`` covers rows [0, R). ``keep``: hold what the backward needs, where it fits,
         instead of computing it again there."""
 
     def new_cache(self, num_blocks: int) -> KvCache: ...

@@ -15,11 +15,15 @@ from typing import NamedTuple, Protocol
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from training.engine.adapter import UNEMBED_LAYER, Group
+from training.backends.base import Int32Array
+from training.engine.adapter import UNEMBED_LAYER, Adapter, AdapterLayout, Group
 from training.engine.adapter import Segment as Segment
+from training.engine.attention import PackedAttention
 from training.engine.elementwise import rms_norm, rotate, swiglu
-from training.engine.lora_linear import lora_linear
+from training.engine.lora_linear import lora_linear, lora_linear_backward
 from training.engine.model_config import ModelConfig as ModelConfig
+from training.engine.torch_head import TorchHeadPass
+from training.engine.torch_training import TorchTrainingPass, pack
 from training.engine.weights import LayerWeights, ModelWeights, load_weights
 
 
@@ -40,7 +44,11 @@ class Rotation(NamedTuple):
 
 
 class Transformer:
-    """The frozen model. Thread-safe for reading; computes in the dtype of its weights."""
+    """``decoder.Decoder`` of torch operations. Thread-safe for reading; computes in the dtype of
+    its weights."""
+
+    is_batch_invariant = False
+    """A matrix product of torch rounds differently for another number of rows."""
 
     def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
         self.config = config
@@ -55,6 +63,46 @@ class Transformer:
         """Loads a Hugging Face directory; raises ``ConfigError`` where it is not supported."""
         config = ModelConfig.from_directory(path)
         return cls(config, load_weights(path, config, device, dtype))
+
+    def new_adapter(self, layout: AdapterLayout, weights: torch.Tensor, trainable: bool) -> Adapter:
+        """In fp32 it computes on ``weights`` themselves, where they lie on the device: no copy."""
+        return Adapter(layout, weights.to(device=self.device, dtype=self.dtype))
+
+    def training_pass(
+        self,
+        sequences: Sequence[Int32Array],
+        segments: Sequence[Segment],
+        with_gradient: bool,
+        checkpointing: bool,
+    ) -> TorchTrainingPass:
+        packed = pack(sequences, segments)
+        with torch.set_grad_enabled(with_gradient):
+            hidden_TH = self.hidden(
+                torch.from_numpy(packed.tokens_T).to(self.device),
+                torch.from_numpy(packed.positions_T).to(self.device),
+                segments,
+                PackedAttention(packed.lengths, self.config.windows),
+                checkpointing=checkpointing and with_gradient,
+            )
+        return TorchTrainingPass(hidden_TH)
+
+    def head_pass(
+        self, hidden_RH: torch.Tensor, targets_RK: Int32Array, segment: Segment, keep: bool
+    ) -> TorchHeadPass:
+        return TorchHeadPass(self, hidden_RH, targets_RK, segment, keep)
+
+    def head_logits(self, hidden_RH: torch.Tensor, segment: Segment) -> torch.Tensor:
+        """See ``torch_head.HeadProduct``."""
+        return lora_linear(hidden_RH, self.weights.head, [segment], UNEMBED_LAYER, Group.UNEMBED)
+
+    def head_backward(
+        self, hidden_RH: torch.Tensor, dlogits_RV: torch.Tensor, segment: Segment
+    ) -> torch.Tensor:
+        """See ``torch_head.HeadProduct``."""
+        head = self.weights.head
+        return lora_linear_backward(
+            hidden_RH, dlogits_RV, head, [segment], UNEMBED_LAYER, Group.UNEMBED
+        )
 
     def hidden(
         self,

@@ -3,8 +3,9 @@
 A chunk depends on its own operation alone, and gradients are summed chunk by chunk, so the cut is
 the same whoever else is in the unit. Joining chunks in one micro-batch is another matter: a matrix
 product rounds differently for another number of rows (measured: oneDNN's bfloat16 kernels below
-1024 rows, MKL's fp32 ones below 256), so a joined result is not bit for bit that of the operation
-alone. Alone, every number is the same function of the operation and the adapter.
+1024 rows, MKL's fp32 ones below 256), so with torch's products a joined result is not bit for bit
+that of the operation alone. Alone, every number is the same function of the operation and the
+adapter; so it is, joined or not, where the decoder ``is_batch_invariant``.
 """
 
 from __future__ import annotations

@@ -7,40 +7,30 @@ slots' gradients are what they were. All calls come from one thread.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from training.backends.base import (
     AdamParams,
     Capabilities,
     Datum,
-    Float32Array,
     LoraSpec,
     OptimOutput,
-    TrainOp,
     TrainOutput,
     TrainUnit,
 )
 from training.config import EngineConfig
 from training.core.errors import BackendError, UnitError, UserError
-from training.engine.adapter import (
-    Adapter,
-    AdapterLayout,
-    GradientSink,
-    Segment,
-    fresh_weights,
-)
+from training.engine.adapter import Adapter, AdapterLayout, fresh_weights
 from training.engine.adapter_files import write_adapter
-from training.engine.attention import PackedAttention
-from training.engine.head import Head
-from training.engine.model import Transformer
+from training.engine.decoder import Decoder
 from training.engine.optimizer import AdamState, adamw_step
-from training.engine.packing import Chunk, MicroBatch, plan_micro_batches
+from training.engine.packing import plan_micro_batches
 from training.engine.state_files import read_state, write_state
+from training.engine.unit_work import UnitWork
 from training.losses import LOSSES
 from training.losses.base import LossSpec
 
@@ -68,7 +58,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Decoder,
         config: EngineConfig,
         name: str,
         context_length: int | None = None,
@@ -121,7 +111,7 @@ class Trainer:
         device = self.model.device
         weights = weights.to(device)
         # In fp32 the adapter computes on the masters themselves: no copy to keep in step.
-        adapter = Adapter(layout, weights.to(self.model.dtype))
+        adapter = self.model.new_adapter(layout, weights, trainable=True)
         if adam is None:
             adam = AdamState.zeros_like(weights)
         else:
@@ -158,12 +148,11 @@ class Trainer:
 
     def _run(self, unit: TrainUnit, with_gradient: bool) -> UnitRun:
         self._check(unit)
-        work = _UnitWork(self.model, unit, self._slots, with_gradient)
+        work = UnitWork(self.model, unit, self._slots, with_gradient)
+        # Where bits do not depend on the company, small operations always share a pass.
+        join = self.model.is_batch_invariant or self.config.join_operations
         try:
-            config = self.config
-            for batch in plan_micro_batches(
-                unit, config.micro_batch_tokens, config.join_operations
-            ):
+            for batch in plan_micro_batches(unit, self.config.micro_batch_tokens, join):
                 work.micro_batch(batch)
                 yield
         except BackendError:
@@ -208,110 +197,5 @@ class Trainer:
             gradient = torch.zeros_like(held.weights)
         held.gradient = None
         output = adamw_step(held.weights, gradient, held.adam, params)
-        if held.adapter.flat is not held.weights:
-            held.adapter.flat.copy_(held.weights)
+        held.adapter.update(held.weights)
         return output
-
-
-class _UnitWork:
-    """What one unit has computed so far."""
-
-    def __init__(
-        self,
-        model: Transformer,
-        unit: TrainUnit,
-        slots: Mapping[int, Slot],
-        with_gradient: bool,
-    ) -> None:
-        self.model = model
-        self.unit = unit
-        self.slots = slots
-        self.with_gradient = with_gradient
-        self.gradients: dict[int, torch.Tensor] = {}
-        self._sinks: dict[int, GradientSink] = {}
-        self._losses = [0.0 for _ in unit.ops]
-        self._logprobs: list[list[Float32Array]] = [
-            [np.empty(0, np.float32)] * len(op.data) for op in unit.ops
-        ]
-
-    def outputs(self) -> list[TrainOutput]:
-        return [
-            TrainOutput(logprobs, {"loss:sum": loss})
-            for logprobs, loss in zip(self._logprobs, self._losses, strict=True)
-        ]
-
-    def micro_batch(self, batch: MicroBatch) -> None:
-        data = [chunk.data(self.unit) for chunk in batch.chunks]
-        lengths = [[datum.num_tokens for datum in each] for each in data]
-        tokens = np.concatenate([datum.tokens for each in data for datum in each])
-        positions = np.concatenate([np.arange(length) for each in lengths for length in each])
-        segments = self._segments(batch.chunks)
-        with torch.set_grad_enabled(self.with_gradient):
-            hidden_TH = self.model.hidden(
-                torch.from_numpy(tokens).to(self.model.device),
-                torch.from_numpy(positions).to(self.model.device),
-                segments,
-                PackedAttention(lengths, self.model.config.windows),
-                checkpointing=batch.oversized and self.with_gradient,
-            )
-        dhidden_TH = torch.zeros_like(hidden_TH) if self.with_gradient else None
-        has_gradient = False
-        for chunk, segment in zip(batch.chunks, segments, strict=True):
-            has_gradient |= self._head(chunk, segment, hidden_TH.detach(), dhidden_TH)
-        if has_gradient and hidden_TH.requires_grad:
-            torch.autograd.backward(hidden_TH, dhidden_TH)
-        for chunk in batch.chunks:
-            if chunk.last and self.with_gradient:
-                self._add_to_slot(chunk.op_index)
-
-    def _segments(self, chunks: Sequence[Chunk]) -> list[Segment]:
-        segments = []
-        start = 0
-        for chunk in chunks:
-            adapter = self.slots[self.unit.ops[chunk.op_index].slot].adapter
-            sink = self._sink(chunk.op_index, adapter) if self.with_gradient else None
-            segments.append(Segment(adapter, start, start + chunk.num_tokens, sink))
-            start += chunk.num_tokens
-        return segments
-
-    def _sink(self, op_index: int, adapter: Adapter) -> GradientSink:
-        if op_index not in self._sinks:
-            flat = torch.empty(adapter.layout.num_params, device=self.model.device)
-            self._sinks[op_index] = GradientSink(adapter.layout, flat)
-        return self._sinks[op_index]
-
-    @torch.no_grad()
-    def _head(
-        self,
-        chunk: Chunk,
-        segment: Segment,
-        hidden_TH: torch.Tensor,
-        dhidden_TH: torch.Tensor | None,
-    ) -> bool:
-        """Losses and logprobs of a chunk; returns whether it has any gradient."""
-        op: TrainOp = self.unit.ops[chunk.op_index]
-        rows = slice(segment.start, segment.stop)
-        head = Head(
-            self.model,
-            segment,
-            LOSSES[op.loss],
-            op.loss_config,
-            hidden_TH[rows],
-            None if dhidden_TH is None else dhidden_TH[rows],
-        )
-        try:
-            result = head.run(chunk.data(self.unit))
-        except UserError as error:
-            raise UserError(str(error), chunk.op_index) from None
-        self._losses[chunk.op_index] += result.loss
-        for place, logprobs in zip(chunk.places, result.logprobs, strict=True):
-            self._logprobs[chunk.op_index][place] = logprobs
-        return result.has_gradient
-
-    def _add_to_slot(self, op_index: int) -> None:
-        """slot gradient + operation gradient, always in this order and never in place of the
-        slot's own buffer: the unit may yet fail."""
-        slot = self.unit.ops[op_index].slot
-        gradient = self._sinks.pop(op_index).finish()
-        before = self.gradients.get(slot, self.slots[slot].gradient)
-        self.gradients[slot] = gradient if before is None else gradient.add_(before)

@@ -1,0 +1,52 @@
+"""Training passes by autograd: how sequences are packed, and the pass that holds the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from training.backends.base import Int32Array
+from training.engine.adapter import Segment
+
+
+class Packed(NamedTuple):
+    """Sequences one after another. ``lengths``: those of each segment's sequences."""
+
+    tokens_T: Int32Array
+    positions_T: Int32Array
+    lengths: list[list[int]]
+
+
+def pack(sequences: Sequence[Int32Array], segments: Sequence[Segment]) -> Packed:
+    """``segments`` cover the packed rows in order; each holds whole sequences."""
+    positions_T = np.concatenate([np.arange(len(each), dtype=np.int32) for each in sequences])
+    lengths: list[list[int]] = [[] for _ in segments]
+    stops = [segment.stop for segment in segments]
+    row = 0
+    for sequence in sequences:
+        lengths[int(np.searchsorted(stops, row, side="right"))].append(len(sequence))
+        row += len(sequence)
+    return Packed(np.concatenate(sequences), positions_T, lengths)
+
+
+class TorchTrainingPass:
+    """``decoder.TrainingPass`` over hidden states [T, H] that know how they were computed."""
+
+    def __init__(self, hidden_TH: torch.Tensor) -> None:
+        self._hidden_TH: torch.Tensor | None = hidden_TH
+        self._detached_TH = hidden_TH.detach()
+
+    @property
+    def hidden_TH(self) -> torch.Tensor:
+        return self._detached_TH
+
+    def backward(self, dhidden_TH: torch.Tensor) -> None:
+        hidden_TH, self._hidden_TH = self._hidden_TH, None
+        if hidden_TH is None:
+            raise RuntimeError("a pass goes backward once")
+        # No history: no segment adapts a layer of the model, only its head or nothing.
+        if hidden_TH.requires_grad:
+            torch.autograd.backward(hidden_TH, dhidden_TH)
