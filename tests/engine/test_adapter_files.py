@@ -17,7 +17,7 @@ from training.backends.base import LoraSpec
 from training.core.errors import UserError
 from training.engine.adapter import UNEMBED_LAYER, Group
 from training.engine.adapter_files import CONFIG_FILE, WEIGHTS_FILE, load_adapter
-from training.engine.model import ModelConfig
+from training.engine.projections import ModelShape
 from training.engine.trainer import Trainer
 
 Config = dict[str, Any]
@@ -81,7 +81,7 @@ def test_unfit_configs_are_refused(
 
 
 def test_missing_extra_and_damaged_tensors_are_refused(trainer: Trainer, tmp_path: Path) -> None:
-    def load(config: ModelConfig = trainer.model.config) -> None:
+    def load(config: ModelShape = trainer.model.config) -> None:
         load_adapter(tmp_path, config, CPU, torch.float32)
 
     trainer.export_adapter(0, tmp_path)
@@ -106,9 +106,10 @@ def test_views_share_the_flat_buffer(trainer: Trainer) -> None:
     a, b, out_sizes = trainer.slot(0).layout.views(adapter.flat)[0, Group.QKV]
     assert tuple(a.shape) == (3 * 4, 64)
     assert tuple(b.shape) == (sum(out_sizes), 4)
-    matrices = adapter.matrices()
-    assert matrices[0, "k_proj"][0].data_ptr() == a[4:8].data_ptr()
-    assert matrices[0, "k_proj"][1].data_ptr() == b[out_sizes[0] :].data_ptr()
+    matrices = {each.path: pair for each, *pair in adapter.layout.matrices(adapter.flat)}
+    k_proj = matrices["model.layers.0.self_attn.k_proj"]
+    assert k_proj[0].data_ptr() == a[4:8].data_ptr()
+    assert k_proj[1].data_ptr() == b[out_sizes[0] :].data_ptr()
     sizes = [a.numel() + b.numel() for a, b in matrices.values()]
     assert sum(sizes) == adapter.flat.numel()
 

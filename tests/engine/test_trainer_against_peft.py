@@ -26,7 +26,7 @@ from tests.engine.training_cases import (
     unit,
 )
 from training.backends.base import AdamParams, Datum, LoraSpec
-from training.engine.adapter_files import tensor_name
+from training.engine.adapter_files import named_tensors
 from training.engine.trainer import Trainer
 
 LENGTHS = (20, 33, 20, 7, 40)
@@ -71,11 +71,7 @@ def peft_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
 
 
 def by_peft_name(trainer: Trainer, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {
-        tensor_name(layer, projection, matrix): view
-        for (layer, projection), pair in trainer.slot(0).layout.matrices(flat).items()
-        for matrix, view in zip(("lora_A", "lora_B"), pair, strict=True)
-    }
+    return named_tensors(trainer.slot(0).layout, flat)
 
 
 @pytest.mark.parametrize(

@@ -8,37 +8,20 @@ their A's are one matrix [g * r, in], their B's one matrix [sum of outs, r].
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import NamedTuple
 
 import torch
 
 from training.backends.base import LoraSpec
-from training.engine.model_config import ModelConfig
+from training.core.errors import UserError
+from training.engine.projections import UNEMBED_LAYER as UNEMBED_LAYER
+from training.engine.projections import Group as Group
+from training.engine.projections import ModelShape, Part, Projection
 
-
-class Group(StrEnum):
-    """Projections that share one input."""
-
-    QKV = "qkv"
-    O = "o"  # noqa: E741 (the projection's usual name)
-    GATE_UP = "gate_up"
-    DOWN = "down"
-    UNEMBED = "unembed"
-
-
-UNEMBED_LAYER = -1
-"""Layer number of the head, which belongs to no layer."""
-
-
-class Projection(NamedTuple):
-    """One adapted linear: its name, input and output sizes."""
-
-    name: str
-    in_size: int
-    out_size: int
+GroupKey = tuple[int, str]
+"""Layer number and name of a group."""
 
 
 class LoraMatrices(NamedTuple):
@@ -56,50 +39,31 @@ class Place(NamedTuple):
     projections: tuple[Projection, ...]
 
 
-def group_projections(config: ModelConfig) -> dict[Group, tuple[Projection, ...]]:
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q_size = config.num_heads * config.head_dim
-    kv_size = config.num_kv_heads * config.head_dim
-    return {
-        Group.QKV: (
-            Projection("q_proj", hidden, q_size),
-            Projection("k_proj", hidden, kv_size),
-            Projection("v_proj", hidden, kv_size),
-        ),
-        Group.O: (Projection("o_proj", q_size, hidden),),
-        Group.GATE_UP: (
-            Projection("gate_proj", hidden, inner),
-            Projection("up_proj", hidden, inner),
-        ),
-        Group.DOWN: (Projection("down_proj", inner, hidden),),
-        Group.UNEMBED: (Projection("lm_head", hidden, config.vocab_size),),
-    }
-
-
 @dataclass(frozen=True, eq=False)
 class AdapterLayout:
     """The flat layout that ``spec`` has on a model."""
 
     spec: LoraSpec
-    places: Mapping[tuple[int, Group], Place]
+    places: Mapping[GroupKey, Place]
     num_params: int
 
     @classmethod
-    def of(cls, config: ModelConfig, spec: LoraSpec) -> AdapterLayout:
-        projections = group_projections(config)
-        layer_groups = [Group.QKV, Group.O] if spec.train_attn else []
-        layer_groups += [Group.GATE_UP, Group.DOWN] if spec.train_mlp else []
-        keys = [(layer, group) for layer in range(config.num_layers) for group in layer_groups]
-        keys += [(UNEMBED_LAYER, Group.UNEMBED)] if spec.train_unembed else []
-        places: dict[tuple[int, Group], Place] = {}
+    def of(cls, model: ModelShape, spec: LoraSpec) -> AdapterLayout:
+        """Raises ``UserError`` where the model has a part that ``spec`` trains and we cannot."""
+        wanted = {Part.ATTN: spec.train_attn, Part.MLP: spec.train_mlp}
+        wanted[Part.UNEMBED] = spec.train_unembed
+        for part, reason in model.unadaptable.items():
+            if wanted[part]:
+                raise UserError(f"train_{part} must be off for this model: {reason}")
+        places: dict[GroupKey, Place] = {}
         offset = 0
-        for key in keys:
-            members = projections[key[1]]
-            places[key] = Place(offset, members)
-            offset += sum(spec.rank * (each.in_size + each.out_size) for each in members)
+        for layer, name, part, members in model.adapted_groups:
+            if wanted[part]:
+                places[layer, name] = Place(offset, members)
+                offset += sum(spec.rank * (each.in_size + each.out_size) for each in members)
         return cls(spec, places, offset)
 
-    def views(self, flat: torch.Tensor) -> dict[tuple[int, Group], LoraMatrices]:
+    def views(self, flat: torch.Tensor) -> dict[GroupKey, LoraMatrices]:
         """Views of ``flat`` [num_params], by (layer, group)."""
         rank = self.spec.rank
         views = {}
@@ -115,16 +79,12 @@ class AdapterLayout:
 
     def matrices(
         self, flat: torch.Tensor
-    ) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
-        """Views of ``flat`` as (layer, projection name) -> (A [r, in], B [out, r])."""
-        pairs = {}
-        for (layer, group), (a, b, out_sizes) in self.views(flat).items():
+    ) -> Iterator[tuple[Projection, torch.Tensor, torch.Tensor]]:
+        """Views of ``flat`` by projection: A [r, in] and B [out, r]."""
+        for key, (a, b, out_sizes) in self.views(flat).items():
             a_parts = torch.split(a, self.spec.rank)
             b_parts = torch.split(b, out_sizes)
-            members = self.places[layer, group].projections
-            for member, a_part, b_part in zip(members, a_parts, b_parts, strict=True):
-                pairs[layer, member.name] = (a_part, b_part)
-        return pairs
+            yield from zip(self.places[key].projections, a_parts, b_parts, strict=True)
 
 
 class Adapter:
@@ -150,13 +110,9 @@ class Adapter:
         if self.flat is not weights_fp32:
             self.flat.copy_(weights_fp32)
 
-    def group(self, layer: int, group: Group) -> LoraMatrices | None:
+    def group(self, layer: int, group: str) -> LoraMatrices | None:
         """The matrices of a group of projections, or None where this adapter has none."""
         return self._views.get((layer, group))
-
-    def matrices(self) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
-        """(layer, projection name) -> (A [r, in], B [out, r]); layer -1 is the head."""
-        return self.layout.matrices(self.flat)
 
 
 def fresh_weights(layout: AdapterLayout) -> torch.Tensor:
@@ -197,10 +153,10 @@ class GradientSink:
         self._views = layout.views(flat)
         self._untouched = set(self._views)
 
-    def holds(self, layer: int, group: Group) -> bool:
+    def holds(self, layer: int, group: str) -> bool:
         return (layer, group) in self._views
 
-    def add(self, layer: int, group: Group, da: torch.Tensor, dbs: Sequence[torch.Tensor]) -> None:
+    def add(self, layer: int, group: str, da: torch.Tensor, dbs: Sequence[torch.Tensor]) -> None:
         """``da`` [g * r, in]; ``dbs`` [out, r] of each projection. Of any dtype."""
         a, b, out_sizes = self._views[layer, group]
         parts = zip((a, *torch.split(b, out_sizes)), (da, *dbs), strict=True)

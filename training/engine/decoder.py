@@ -17,7 +17,7 @@ import torch
 
 from training.backends.base import Float32Array, Int32Array
 from training.engine.adapter import Adapter, AdapterLayout, Segment
-from training.engine.model_config import ModelConfig
+from training.engine.projections import ModelShape
 
 BLOCK_TOKENS = 32
 """Tokens of one block of the KV cache: what is allocated, shared and copied."""
@@ -71,7 +71,7 @@ class HeadPass(Protocol):
 
 class Decoder(Protocol):
     @property
-    def config(self) -> ModelConfig: ...
+    def config(self) -> ModelShape: ...
 
     @property
     def device(self) -> torch.device: ...

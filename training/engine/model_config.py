@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from training.core.errors import ConfigError
+from training.engine.projections import UNEMBED_LAYER, AdaptedGroup, Group, Part, Projection
+
+
+class UnsupportedModelError(ConfigError):
+    """A sound config of a model that this forward pass does not compute; others may."""
+
 
 QK_NORM_TYPES = frozenset({"qwen3"})
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -80,6 +87,37 @@ class ModelConfig:
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
 
+    @cached_property
+    def adapted_groups(self) -> tuple[AdaptedGroup, ...]:
+        """See ``projections.ModelShape``."""
+        hidden = self.hidden_size
+        layers = [group for layer in range(self.num_layers) for group in self._layer_groups(layer)]
+        head = Projection("lm_head", "lm_head", hidden, self.vocab_size)
+        return (*layers, AdaptedGroup(UNEMBED_LAYER, Group.UNEMBED, Part.UNEMBED, (head,)))
+
+    @property
+    def unadaptable(self) -> Mapping[Part, str]:
+        return {}
+
+    def _layer_groups(self, layer: int) -> Iterator[AdaptedGroup]:
+        hidden, inner = self.hidden_size, self.intermediate_size
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        qkv = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        groups = [
+            (Group.QKV, Part.ATTN, qkv, hidden),
+            (Group.O, Part.ATTN, {"o_proj": hidden}, q_size),
+            (Group.GATE_UP, Part.MLP, {"gate_proj": inner, "up_proj": inner}, hidden),
+            (Group.DOWN, Part.MLP, {"down_proj": hidden}, inner),
+        ]
+        for group, part, out_sizes, in_size in groups:
+            block = "self_attn" if part is Part.ATTN else "mlp"
+            prefix = f"model.layers.{layer}.{block}."
+            members = [
+                Projection(prefix + name, name, in_size, out_size)
+                for name, out_size in out_sizes.items()
+            ]
+            yield AdaptedGroup(layer, group, part, tuple(members))
+
     @classmethod
     def from_directory(cls, path: Path) -> ModelConfig:
         """Reads ``config.json`` and, for the end tokens, ``generation_config.json``."""
@@ -92,7 +130,7 @@ class ModelConfig:
     def from_values(cls, values: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
         model_type = values.get("model_type")
         if model_type not in MODEL_TYPES:
-            raise ConfigError(
+            raise UnsupportedModelError(
                 f"model type {model_type!r} is not supported; supported are {sorted(MODEL_TYPES)}"
             )
         _refuse_unsupported(values)
@@ -122,11 +160,11 @@ class ModelConfig:
 
 def _refuse_unsupported(values: Mapping[str, Any]) -> None:
     if (activation := values.get("hidden_act", "silu")) != "silu":
-        raise ConfigError(f"activation {activation!r} is not supported, only 'silu'")
+        raise UnsupportedModelError(f"activation {activation!r} is not supported, only 'silu'")
     if values.get("quantization_config") is not None:
         raise ConfigError("quantized checkpoints are not supported; use a bf16 or fp32 one")
     if float(values.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ConfigError("partial rotary embeddings are not supported")
+        raise UnsupportedModelError("partial rotary embeddings are not supported")
 
 
 def _rope(values: Mapping[str, Any]) -> Rope:
@@ -149,7 +187,9 @@ def _rope(values: Mapping[str, Any]) -> Rope:
             float(parameters["high_freq_factor"]),
             int(parameters["original_max_position_embeddings"]),
         )
-    raise ConfigError(f"rope type {kind!r} is not supported; use default, linear or llama3")
+    raise UnsupportedModelError(
+        f"rope type {kind!r} is not supported; use default, linear or llama3"
+    )
 
 
 def _windows(values: Mapping[str, Any]) -> tuple[int | None, ...]:

@@ -19,7 +19,7 @@ from training.backends.base import (
 from training.core.errors import UserError
 from training.engine.adapter import Adapter
 from training.engine.kv_cache import Extent
-from training.engine.model_config import ModelConfig
+from training.engine.projections import ModelShape
 from training.engine.prompt_scores import PromptScores, uniform_stream
 from training.engine.sampler_adapters import BASE_VERSION, Snapshot
 from training.engine.sampling import Cut
@@ -174,7 +174,7 @@ def _stacked(rows: SequenceOf[TopK], k: int) -> TopK:
     return TopK(np.stack([row.token_ids for row in rows]), np.stack([row.logprobs for row in rows]))
 
 
-def check_request(request: SampleRequest, config: ModelConfig, max_topk: int) -> None:
+def check_request(request: SampleRequest, config: ModelShape, max_topk: int) -> None:
     """Raises ``UserError`` for what this model cannot sample."""
     num_prompt = len(request.prompt)
     last_n, targets = request.prompt_logprobs_last_n, request.target_prompt_tokens

@@ -18,8 +18,8 @@ from training.backends.base import LoraSpec
 from training.core.errors import UserError
 from training.engine.adapter import AdapterLayout
 from training.engine.adapter_files import read_adapter, write_adapter
-from training.engine.model_config import ModelConfig
 from training.engine.optimizer import AdamState
+from training.engine.projections import ModelShape
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
@@ -56,12 +56,12 @@ def write_state(
 def read_state(
     directory: Path,
     layout: AdapterLayout,
-    model_config: ModelConfig,
+    model: ModelShape,
     base_model: str,
     with_optimizer: bool,
 ) -> SavedState:
     """Raises ``UserError`` where the files are damaged or belong to another model or shape."""
-    found, weights = read_adapter(directory, model_config, base_model)
+    found, weights = read_adapter(directory, model, base_model)
     if differences := _differences(found.spec, layout.spec):
         raise UserError(f"the saved adapter does not fit this model: {differences}")
     adam = _read_adam(directory, layout.num_params) if with_optimizer else None
