@@ -13,7 +13,7 @@ namespace kernels {
 // what top_k kept: tokens by descending logit, equal ones by ascending id, are kept while the mass
 // before them is below top_p of the whole.
 struct Cut {
-  float temperature = 1;
+  float temperature = 1;  // 0, or from 1e-30 to 1e30
   int top_k = -1;
   float top_p = 1;
 };
@@ -26,6 +26,10 @@ struct Drawn {
 // The token whose interval of the cumulative probabilities, in order of ids, holds ``uniform`` in
 // [0, 1). Never one of probability zero.
 Drawn sample_row(const float* logits, int V, const Cut& cut, double uniform);
+
+// U tokens from the uncut distribution, one for each of ``uniforms``.
+void draw_row(const float* logits, int V, float temperature, const double* uniforms, int U,
+              std::int32_t* tokens, float* logprobs);
 
 // The ``k`` <= V most probable tokens at ``temperature``, best first, equal ones by ascending id.
 void top_logprobs(const float* logits, int V, float temperature, int k, std::int32_t* ids,
