@@ -37,6 +37,10 @@ inline void configure() {
 
 inline void release() { _tile_release(); }
 
+// Must stand between plain stores to memory and tile loads of it: gcc's tile intrinsics do not tell
+// the compiler that they read.
+inline void fence() { asm volatile("" ::: "memory"); }
+
 // Elements [K][2][16] of a right operand's tile for 16 columns from the 16 rows of ``w`` (row n of
 // ``w`` is column n), 32 elements each: a transposition of 32-bit pairs.
 inline void transpose_pairs(const bf16* w, std::ptrdiff_t row_stride, bf16* tile) {
