@@ -15,7 +15,7 @@ std::vector<kernels::SequenceRows> sequences_of(const std::int32_t* sequences, i
                                                 const std::int32_t* blocks) {
   std::vector<kernels::SequenceRows> result;
   for (int s = 0; s < num_sequences; ++s, sequences += 4) {
-    result.push_back({sequences[0], sequences[1], sequences[2], blocks + sequences[3]});
+    result.push_back({sequences[0], sequences[1], sequences[2], blocks == nullptr ? nullptr : blocks + sequences[3]});
   }
   return result;
 }
@@ -36,5 +36,14 @@ void tc_attend(const std::int32_t* shape, float scale, const kernels::bf16* qkv,
                kernels::bf16* k, kernels::bf16* v, kernels::bf16* o, float* lse) {
   const auto rows = sequences_of(sequences, num_sequences, blocks);
   kernels::attend(shape_of(shape, scale), qkv, ld, rows.data(), num_sequences, {k, v}, o, lse);
+}
+
+void tc_attend_backward(const std::int32_t* shape, float scale, const kernels::bf16* qkv,
+                        std::int64_t ld, const std::int32_t* sequences, int num_sequences,
+                        const kernels::bf16* o, const kernels::bf16* d_o, const float* lse,
+                        kernels::bf16* dqkv) {
+  const auto rows = sequences_of(sequences, num_sequences, nullptr);
+  kernels::attend_backward(shape_of(shape, scale), qkv, ld, rows.data(), num_sequences, o, d_o,
+                           lse, dqkv);
 }
 }

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "base.hpp"
 
@@ -98,6 +99,22 @@ class Scratch {
 
   std::unique_ptr<void, Free> memory_;
   std::size_t bytes_ = 0;
+};
+
+// Several arrays of one thread for the time of one work item, kept for the next.
+class Arena {
+ public:
+  template <typename T>
+  T* take(std::size_t count) {
+    if (num_taken_ == parts_.size()) parts_.emplace_back();
+    return parts_[num_taken_++].get<T>(count);
+  }
+
+  void reset() { num_taken_ = 0; }
+
+ private:
+  std::vector<Scratch> parts_;
+  std::size_t num_taken_ = 0;
 };
 
 }  // namespace kernels
