@@ -9,11 +9,21 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    PhiConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCAB_SIZE = 300
@@ -60,12 +70,57 @@ CONFIGS: Mapping[str, PretrainedConfig] = {
     "qwen3-tied": Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=True),
     "wide": LlamaConfig(**WIDE),
 }
+"""What ``model.Transformer`` computes."""
+FOREIGN_SHAPE: Mapping[str, Any] = {**SHAPE, "max_position_embeddings": 256, "pad_token_id": 0}
+YARN: Mapping[str, Any] = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+FOREIGN_CONFIGS: Mapping[str, PretrainedConfig] = {
+    "gemma": GemmaConfig(**FOREIGN_SHAPE, head_dim=16),
+    "gemma2": Gemma2Config(**FOREIGN_SHAPE, head_dim=16, sliding_window=8),
+    "gemma3": Gemma3TextConfig(**FOREIGN_SHAPE, head_dim=16, sliding_window=8),
+    "mixtral": MixtralConfig(**FOREIGN_SHAPE, num_local_experts=4),
+    "qwen3-moe": Qwen3MoeConfig(
+        **FOREIGN_SHAPE,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        mlp_only_layers=[0],
+    ),
+    "deepseek-v3": DeepseekV3Config(
+        **{**FOREIGN_SHAPE, "num_key_value_heads": 4},
+        n_routed_experts=8,
+        n_group=2,
+        topk_group=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=16,
+    ),
+    "gpt-oss": GptOssConfig(
+        **FOREIGN_SHAPE,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+    "gpt-neox": GPTNeoXConfig(**FOREIGN_SHAPE),
+    "gpt2": GPT2Config(
+        n_layer=2, n_embd=64, n_head=4, vocab_size=VOCAB_SIZE, n_positions=256,
+        bos_token_id=1, eos_token_id=2, initializer_range=0.15,
+    ),
+    "phi": PhiConfig(**FOREIGN_SHAPE),
+    "llama-yarn": LlamaConfig(**FOREIGN_SHAPE, rope_parameters=dict(YARN)),
+}  # fmt: skip
+"""What runs as modules of transformers."""
 
 
 def make_checkpoint(name: str, directory: Path) -> Path:
     """Writes a random fp32 checkpoint, the same one for the same name; norms and biases too."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name])  # type: ignore[no-untyped-call]
+    model = AutoModelForCausalLM.from_config({**CONFIGS, **FOREIGN_CONFIGS}[name])  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "norm" in key:

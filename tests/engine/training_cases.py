@@ -12,6 +12,7 @@ from tests.engine.checkpoints import VOCAB_SIZE
 from training.backends.base import Datum, LoraSpec, TrainOp, TrainOutput, TrainUnit
 from training.config import EngineConfig
 from training.engine.adapter import AdapterLayout, fresh_weights
+from training.engine.foreign import ForeignDecoder
 from training.engine.model import Transformer
 from training.engine.optimizer import AdamState
 from training.engine.state_files import write_state
@@ -31,9 +32,10 @@ def make_trainer(
     dtype: torch.dtype = torch.float32,
     micro_batch_tokens: int = 2048,
     join_operations: bool = False,
+    kind: type[Transformer | ForeignDecoder] = Transformer,
 ) -> Trainer:
     """Slots 0, 1, ... hold adapters of ``specs`` with a B that is not zero."""
-    model = Transformer.from_directory(checkpoint, CPU, dtype)
+    model = kind.from_directory(checkpoint, CPU, dtype)
     config = EngineConfig(micro_batch_tokens=micro_batch_tokens, join_operations=join_operations)
     trainer = Trainer(model, config, BASE_MODEL)
     for slot, spec in enumerate(specs):

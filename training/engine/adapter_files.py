@@ -53,7 +53,7 @@ def _join_experts(parts: Sequence[torch.Tensor], name: str) -> torch.Tensor:
 def _split_experts(tensor: torch.Tensor, num_experts: int, name: str) -> Sequence[torch.Tensor]:
     if MATRICES[0] in name:
         return tensor.chunk(num_experts)
-    return tensor.unflatten(1, (-1, num_experts)).unbind(2)
+    return tensor.view(len(tensor), -1, num_experts).unbind(2)
 
 
 def write_adapter(
@@ -72,8 +72,8 @@ def adapter_config(layout: AdapterLayout, base_model: str) -> dict[str, Any]:
     """What PEFT reads back as a ``LoraConfig``."""
     spec = layout.spec
     members = [each for place in layout.places.values() for each in place.projections]
-    modules = dict.fromkeys(each.target for each in members if each.expert is None)
-    parameters = dict.fromkeys(each.target for each in members if each.expert is not None)
+    modules = dict.fromkeys(each.target for each in members if not each.is_parameter)
+    parameters = dict.fromkeys(each.target for each in members if each.is_parameter)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -21,8 +21,8 @@ import torch
 from training.backends import ipc
 from training.config import EngineConfig
 from training.core.errors import ConfigError
+from training.engine.load import load_decoder
 from training.engine.loop import EngineLoop
-from training.engine.model import Transformer
 from training.engine.sampler import Sampler
 from training.engine.trainer import Trainer
 
@@ -82,7 +82,7 @@ def load(configure: ipc.Configure) -> Engine:
     if engine.num_threads is not None:
         torch.set_num_threads(engine.num_threads)
     device, dtype = choose_device(engine), DTYPES[engine.dtype]
-    model = Transformer.from_directory(configure.model_path, device, dtype)
+    model = load_decoder(configure.model_path, engine, device, dtype)
     longest = model.config.context_length
     if configure.context_length is not None and configure.context_length > longest:
         raise ConfigError(

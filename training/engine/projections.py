@@ -36,15 +36,15 @@ class Projection(NamedTuple):
 
     ``path``: its module in PEFT's model, which is transformers' own but for a 3-D parameter
     (``model.layers.0.self_attn.q_proj``). ``target``: how PEFT's ``target_modules`` name it and its
-    like in other layers (``q_proj``). ``expert``: None, or which matrix of a 3-D parameter it is;
-    ``target`` then is one of PEFT's ``target_parameters``.
+    like in other layers (``q_proj``). ``is_parameter``: ``target`` is one of ``target_parameters``
+    instead. Projections of one path are the experts in one 3-D parameter, in their order.
     """
 
     path: str
     target: str
     in_size: int
     out_size: int
-    expert: int | None = None
+    is_parameter: bool = False
 
 
 class AdaptedGroup(NamedTuple):
