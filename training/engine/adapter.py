@@ -8,7 +8,7 @@ their A's are one matrix [g * r, in], their B's one matrix [sum of outs, r].
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -110,19 +110,22 @@ class Adapter:
         if self.flat is not weights_fp32:
             self.flat.copy_(weights_fp32)
 
+    def check(self) -> None:
+        """Raises ``UserError`` where no pass may compute with these weights."""
+
     def group(self, layer: int, group: str) -> LoraMatrices | None:
         """The matrices of a group of projections, or None where this adapter has none."""
         return self._views.get((layer, group))
 
 
-def fresh_weights(layout: AdapterLayout) -> torch.Tensor:
+def fresh_weights(layout: AdapterLayout, into: torch.Tensor | None = None) -> torch.Tensor:
     """Initial fp32 weights [num_params] on the CPU: A uniform in +-1/sqrt(in), B zero.
 
     The bound is that of a kaiming-uniform ``nn.Linear``, as PEFT draws it. The draw depends on
-    the layout and ``spec.seed`` alone: its generator is its own.
+    the layout and ``spec.seed`` alone: its generator is its own. ``into``: zeros to write to.
     """
     generator = torch.Generator().manual_seed(layout.spec.seed)
-    flat = torch.zeros(layout.num_params)
+    flat = torch.zeros(layout.num_params) if into is None else into
     for a, _, _ in layout.views(flat).values():
         bound = 1 / math.sqrt(a.shape[1])
         a.uniform_(-bound, bound, generator=generator)
@@ -167,6 +170,16 @@ class GradientSink:
                 into.copy_(value)
             else:
                 into.add_(value)
+
+    def claim(self, keys: Iterable[GroupKey]) -> tuple[torch.Tensor, bool]:
+        """``flat``, for a caller that writes all of these groups there itself; and whether they
+        hold something to add to."""
+        mine = {key for key in keys if key in self._views}
+        untouched = mine & self._untouched
+        if untouched and untouched != mine:
+            raise RuntimeError("some of these groups hold a gradient, some do not")
+        self._untouched -= mine
+        return self._flat, not untouched
 
     def finish(self) -> torch.Tensor:
         """The sum; nothing is added after."""

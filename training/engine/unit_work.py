@@ -1,11 +1,11 @@
 """What one unit has computed so far: micro-batches in, outputs and slots' gradients out.
 
-Changes nothing outside itself, so a unit that fails is dropped with it.
+Slots' own gradients are left alone until the unit has succeeded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -20,31 +20,31 @@ from training.engine.packing import Chunk, MicroBatch
 from training.losses import LOSSES
 
 
-class TrainedSlot(Protocol):
-    """What a unit reads of a slot; ``gradient`` fp32 [num_params], None for zero."""
+class UnitSlots(Protocol):
+    """What a unit asks of the adapter slots. All may raise ``UnitError``."""
 
-    @property
-    def adapter(self) -> Adapter: ...
+    def adapter(self, number: int) -> Adapter: ...
 
-    @property
-    def gradient(self) -> torch.Tensor | None: ...
+    def gradient_buffer(self, number: int) -> torch.Tensor:
+        """fp32 [num_params] of any content, for the gradient of one operation."""
+
+    def add_gradient(self, number: int, gradient: torch.Tensor) -> None:
+        """Slot gradient + operation gradient, always in this order and never in place of the
+        slot's own: the unit may yet fail."""
 
 
 class UnitWork:
-    """``gradients``: by slot, what was there plus the finished operations of this unit."""
-
     def __init__(
         self,
         decoder: Decoder,
         unit: TrainUnit,
-        slots: Mapping[int, TrainedSlot],
+        slots: UnitSlots,
         with_gradient: bool,
     ) -> None:
         self.decoder = decoder
         self.unit = unit
         self.slots = slots
         self.with_gradient = with_gradient
-        self.gradients: dict[int, torch.Tensor] = {}
         self._sinks: dict[int, GradientSink] = {}
         self._losses = [0.0 for _ in unit.ops]
         self._logprobs: list[list[Float32Array]] = [
@@ -81,7 +81,11 @@ class UnitWork:
         segments = []
         start = 0
         for chunk in chunks:
-            adapter = self.slots[self.unit.ops[chunk.op_index].slot].adapter
+            adapter = self.slots.adapter(self.unit.ops[chunk.op_index].slot)
+            try:
+                adapter.check()
+            except UserError as error:
+                raise UserError(str(error), chunk.op_index) from None
             sink = self._sink(chunk.op_index, adapter) if self.with_gradient else None
             segments.append(Segment(adapter, start, start + chunk.num_tokens, sink))
             start += chunk.num_tokens
@@ -89,7 +93,7 @@ class UnitWork:
 
     def _sink(self, op_index: int, adapter: Adapter) -> GradientSink:
         if op_index not in self._sinks:
-            flat = torch.empty(adapter.layout.num_params, device=self.decoder.device)
+            flat = self.slots.gradient_buffer(self.unit.ops[op_index].slot)
             self._sinks[op_index] = GradientSink(adapter.layout, flat)
         return self._sinks[op_index]
 
@@ -122,9 +126,5 @@ class UnitWork:
         return result.has_gradient
 
     def _add_to_slot(self, op_index: int) -> None:
-        """slot gradient + operation gradient, always in this order and never in place of the
-        slot's own buffer: the unit may yet fail."""
-        slot = self.unit.ops[op_index].slot
         gradient = self._sinks.pop(op_index).finish()
-        before = self.gradients.get(slot, self.slots[slot].gradient)
-        self.gradients[slot] = gradient if before is None else gradient.add_(before)
+        self.slots.add_gradient(self.unit.ops[op_index].slot, gradient)

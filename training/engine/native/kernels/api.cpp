@@ -135,9 +135,10 @@ int tc_pass_forward(Pass* pass, const Batch* batch, const Cache* cache, int keep
   });
 }
 
-int tc_pass_backward(Pass* pass, const bf16* d_hidden) {
+// ``batch`` is that of the forward pass, its segments with their gradients.
+int tc_pass_backward(Pass* pass, const Batch* batch, const bf16* d_hidden) {
   return guarded([&] {
-    pass->backward(d_hidden);
+    pass->backward(batch->segments, d_hidden);
     amx::release();
     return kOk;
   });

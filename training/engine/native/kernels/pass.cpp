@@ -187,7 +187,8 @@ void Pass::run_mlp(int index, LayerState& state, bf16* out) {
                                hidden, state.x_mid);
 }
 
-void Pass::backward(const bf16* d_hidden) {
+void Pass::backward(const Segment* segments, const bf16* d_hidden) {
+  plan_.set(segments, int(plan_.segments().size()), num_rows_);
   const std::size_t rows = padded_rows_;
   const AttentionShape attention = shape(0);
   Gradients gradients{

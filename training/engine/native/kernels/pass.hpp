@@ -29,8 +29,8 @@ class Pass {
   // memory of the pass. ``keep`` is what a backward pass needs: kInputs computes layers again.
   void forward(const Batch& batch, const Cache* cache, Keep keep, bf16* hidden);
 
-  // Once, after forward with a ``keep``: adds to the gradients of the batch's segments.
-  void backward(const bf16* d_hidden);
+  // Once, after forward with a ``keep``: adds to the gradients that the segments now point to.
+  void backward(const Segment* segments, const bf16* d_hidden);
 
   Workspace& workspace() { return workspace_; }
 

@@ -1,0 +1,100 @@
+"""An adapter in the form that the kernels read."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from training.core.errors import UserError
+from training.engine.adapter import Adapter, AdapterLayout
+from training.engine.model_config import ModelConfig
+from training.engine.native import library
+from training.engine.projections import UNEMBED_LAYER, Group
+
+GROUPS = (Group.QKV, Group.O, Group.GATE_UP, Group.DOWN)
+"""Of one layer, in the kernels' order."""
+
+
+class NativeAdapter(Adapter):
+    """Matrices in tiles of bfloat16; those of the backward pass only where ``trainable``.
+
+    Nothing may be computed with weights that are not finite: rows of several adapters meet in one
+    tile, where zero times infinity is not zero. See ``check``.
+    """
+
+    def __init__(
+        self, layout: AdapterLayout, weights: torch.Tensor, config: ModelConfig, trainable: bool
+    ) -> None:
+        self.layout = layout
+        self.rank = layout.spec.rank
+        self.scale = layout.spec.alpha / layout.spec.rank
+        self._kernels = library.load()
+        self._padded_rank = -(-self.rank // 32) * 32
+        keys = [(layer, group) for layer in range(config.num_layers) for group in GROUPS]
+        keys.append((UNEMBED_LAYER, Group.UNEMBED))
+        self._tensors: list[torch.Tensor] = []
+        self._groups = (library.LoraGroup * len(keys))()
+        self._inputs = (ctypes.c_int32 * len(keys))()
+        for index, key in enumerate(keys):
+            if key in layout.places:
+                self._place(index, key, trainable)
+        self.struct = library.Adapter(
+            groups=ctypes.cast(self._groups, ctypes.POINTER(library.LoraGroup)),
+            rank=self.rank,
+            padded_rank=self._padded_rank,
+            scale=self.scale,
+        )
+        self.update(weights)
+
+    def _place(self, index: int, key: tuple[int, str], trainable: bool) -> None:
+        offset, projections = self.layout.places[key]
+        in_size = projections[0].in_size
+        out_sizes = [each.out_size for each in projections]
+        ends = [sum(out_sizes[: part + 1]) for part in range(len(out_sizes))]
+        padded, total = self._padded_rank, self._padded_rank * len(projections)
+        group = self._groups[index]
+        group.a = self._packed(total, in_size)
+        group.b = self._packed(sum(out_sizes), padded)
+        if trainable:
+            group.a_t = self._packed(in_size, total)
+            # Each part is packed by itself.
+            group.b_t = self._zeros(sum(self._elements(padded, size) for size in out_sizes))
+        group.num_parts = len(projections)
+        group.part_end = (ctypes.c_int32 * 3)(*(ends + ends[-1:] * 3)[:3])
+        group.gradient = offset
+        self._inputs[index] = in_size
+
+    def _packed(self, out_size: int, in_size: int) -> int:
+        return self._zeros(self._elements(out_size, in_size))
+
+    def _elements(self, out_size: int, in_size: int) -> int:
+        return int(self._kernels.tc_packed_elements(out_size, in_size))
+
+    def _zeros(self, count: int) -> int:
+        """Zeros: what pads the rank is never written."""
+        self._tensors.append(torch.zeros(count, dtype=torch.bfloat16))
+        return self._tensors[-1].data_ptr()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * 2 for tensor in self._tensors)
+
+    def update(self, weights_fp32: torch.Tensor) -> None:
+        weights = weights_fp32.contiguous()
+        scratch = torch.empty(self.layout.num_params, dtype=torch.bfloat16)
+        status = self._kernels.tc_pack_adapter(
+            weights.data_ptr(),
+            self.layout.num_params,
+            scratch.data_ptr(),
+            self._groups,
+            self._inputs,
+            len(self._inputs),
+            self.rank,
+            self._padded_rank,
+        )
+        self.is_finite = status != library.NOT_FINITE
+
+    def check(self) -> None:
+        if not self.is_finite:
+            raise UserError("the adapter's weights are not finite")

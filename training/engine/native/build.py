@@ -1,0 +1,118 @@
+"""Builds the kernels with the machine's C++ compiler, once per version of their sources.
+
+The library lies in the user's cache directory. Nothing here loads it or knows what is in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+KERNELS = Path(__file__).parent / "kernels"
+FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-march=sapphirerapids",  # the first processors with AMX; the code asks before it is used
+    "-fPIC",
+    "-pthread",
+    "-fvisibility=default",
+    "-Wno-psabi",
+)
+REQUIRED_FLAGS = {"amx_tile", "amx_bf16", "avx512_bf16", "avx512_fp16", "avx512vl"}
+COMPILERS = ("g++", "g++-14", "g++-13", "g++-12")
+
+_log = logging.getLogger(__name__)
+
+
+class BuildError(Exception):
+    """There is no library, and why."""
+
+
+def library_path() -> Path:
+    """Path of the shared library, built now if it is not there (10 to 20 s). Raises ``BuildError``.
+
+    Several processes may do so at once: each builds its own and the last one to finish renames it
+    into place.
+    """
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        raise BuildError(f"the kernels are for Linux on x86-64, not {platform.platform()}")
+    if missing := REQUIRED_FLAGS - _processor_flags():
+        raise BuildError(f"this processor lacks {', '.join(sorted(missing))}")
+    compiler = _compiler()
+    path = _cache_directory() / f"kernels-{_digest(compiler)}.so"
+    if not path.exists():
+        _log.info("compiling the kernels with %s (once; 10 to 20 s)", compiler)
+        _build(compiler, path)
+    return path
+
+
+def _processor_flags() -> set[str]:
+    """As Linux reports them; asked before any code made for such a processor runs."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            return set(line.partition(":")[2].split())
+    return set()
+
+
+def _compiler() -> str:
+    """``CXX``, or the first g++ on the path."""
+    if chosen := os.environ.get("CXX"):
+        return chosen
+    for name in COMPILERS:
+        if found := shutil.which(name):
+            return found
+    raise BuildError("no C++ compiler (g++ 12 or newer; on Debian and Ubuntu: apt install g++)")
+
+
+def _cache_directory() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    directory = Path(root).expanduser() / "tinkercloud"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BuildError(f"cannot make {directory}: {error}") from error
+    return directory
+
+
+def _sources() -> list[Path]:
+    return sorted(KERNELS.glob("*.cpp"))
+
+
+def _digest(compiler: str) -> str:
+    digest = hashlib.sha256(" ".join((compiler, *FLAGS)).encode())
+    for path in sorted(KERNELS.glob("*.[ch]pp")):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _build(compiler: str, path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as temporary:
+        directory = Path(temporary)
+        objects = [directory / f"{source.stem}.o" for source in _sources()]
+
+        def compile_one(source: Path, into: Path) -> None:
+            _run([compiler, *FLAGS, "-c", str(source), "-o", str(into)])
+
+        with ThreadPoolExecutor(os.cpu_count()) as executor:
+            list(executor.map(compile_one, _sources(), objects))
+        library = directory / path.name
+        _run([compiler, *FLAGS, "-shared", "-o", str(library), *map(str, objects)])
+        library.replace(path)
+
+
+def _run(command: list[str]) -> None:
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except OSError as error:
+        raise BuildError(f"cannot run {command[0]}: {error}") from error
+    except subprocess.CalledProcessError as error:
+        lines = [line for line in error.stderr.splitlines() if "error" in line]
+        raise BuildError(f"{command[0]} failed: {(lines or ['no message'])[0]}") from error
