@@ -18,6 +18,7 @@ from training.backends.base import Int32Array, LoraSpec, SampleRequest, SampleRe
 from training.config import EngineConfig
 from training.engine.adapter import AdapterLayout, fresh_weights
 from training.engine.adapter_files import write_adapter
+from training.engine.decoder import Decoder
 from training.engine.model import Transformer
 from training.engine.sampler import Outcome, Sampler
 
@@ -47,7 +48,7 @@ def make_sampler(directory: Path, dtype: torch.dtype = torch.float32, **settings
     return Sampler(model, EngineConfig(**settings), directory / "tokenizer.json")
 
 
-def make_adapter(model: Transformer, directory: Path, spec: LoraSpec, scale: float = 0.1) -> Path:
+def make_adapter(model: Decoder, directory: Path, spec: LoraSpec, scale: float = 0.1) -> Path:
     """An adapter whose B is random, in PEFT's layout."""
     layout = AdapterLayout.of(model.config, spec)
     flat = fresh_weights(layout)
