@@ -72,7 +72,15 @@ class EngineConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     num_threads: int | None = Field(None, gt=0)
-    max_slots: int = Field(64, gt=0)
+    max_slots: int = Field(4096, gt=0)
+    """Models that may be loaded at once, in memory or on disk."""
+    adapter_memory_bytes: int = Field(4 * 2**30, gt=0)
+    """Of all adapters being trained, with their gradients and moments; those not used for longest
+    are put on disk. One adapter is always served, even if it alone is over this."""
+    idle_spill_s: float = Field(20.0, gt=0)
+    """An adapter that was not used for this long is put on disk too, so that it costs no memory."""
+    spill_dir: Path | None = None
+    """Where adapters are put. None: ``storage.metadata_dir / "spill"``."""
     max_lora_rank: int = Field(256, gt=0)
     micro_batch_tokens: int = Field(2048, gt=0)
     """Tokens whose activations are alive at once; longer sequences are checkpointed."""
@@ -80,15 +88,15 @@ class EngineConfig(_Section):
     """Compute small operations of several models in one pass. Faster where operations are below
     about 256 tokens, but then the last bits of a result depend on what it was computed with, and a
     replay after a crash is no longer bit-identical."""
-    kv_cache_tokens: int = Field(32768, gt=0)
-    """Shared by all running sequences and cached prefixes."""
+    kv_cache_tokens: int = Field(32768, ge=32)
+    """Shared by all running sequences and cached prefixes, in blocks of 32. A sequence takes them
+    as it grows; when there are none left the youngest give way and go on later."""
     max_running_sequences: int = Field(64, gt=0)
     prefill_chunk_tokens: int = Field(1024, gt=0)
-    batch_invariant: bool = True
-    """Bring sampler steps on the CPU to sizes whose bfloat16 products do not depend on the size: a
-    request gives the same bits whoever runs beside it. Costs a lone request some speed."""
-    max_sampling_adapters: int = Field(64, gt=0)
-    """Published snapshots kept in memory; others are read again when a request needs them."""
+    """Prompt tokens of one sampler step, beside the decoding sequences."""
+    sampling_adapter_bytes: int = Field(2**30, ge=0)
+    """Published snapshots kept in memory, those last used; others are read again when a request
+    needs them."""
     sampling_share: float = Field(0.5, gt=0, lt=1)
     """Share of engine time given to sampling while training wants to run too."""
     max_restarts: int = Field(5, ge=0)
@@ -145,6 +153,11 @@ class TrainingConfig(_Section):
     client: ClientConfig = ClientConfig()
     hub: HubConfig = HubConfig()
     log_format: Literal["auto", "console", "json"] = "auto"
+
+    def resolved_engine(self) -> EngineConfig:
+        """The engine's part, complete without the others."""
+        spill_dir = self.engine.spill_dir or self.storage.metadata_dir / "spill"
+        return self.engine.model_copy(update={"spill_dir": spill_dir.absolute()})
 
     def served_models(self) -> tuple[ModelConfig, ...]:
         return self.supported_models or (ModelConfig(name=EMBEDDED_MODEL),)

@@ -39,6 +39,8 @@ class NumpyTrainer:
         self.base = BaseWeights(VOCAB_SIZE)
         self.slots: dict[int, fake_trainer.Slot] = {}
         self.log = log
+        self.tidied: list[bool] = []
+        self.chores = 0
 
     def load_slot(
         self, slot: int, spec: LoraSpec, state_dir: Path | None, with_optimizer: bool
@@ -78,6 +80,14 @@ class NumpyTrainer:
 
     def save_state(self, slot: int, directory: Path) -> None:
         fake_trainer.write_state(self.slots[slot], directory, "tests/loop")
+
+    def tidy(self, busy: bool) -> float | None:
+        """As often as asked, and there is more to do for ``chores`` times."""
+        self.tidied.append(busy)
+        if not self.chores:
+            return None
+        self.chores -= 1
+        return 0.0
 
     def export_adapter(self, slot: int, directory: Path) -> None:
         fake_trainer.write_adapter(self.slots[slot], directory, "tests/loop")
@@ -341,3 +351,29 @@ def test_the_inbox_end_stops_the_loop() -> None:
     bench.inbox.put(None)
     bench.loop.run()
     assert bench.replies == {}
+
+
+# --------------------------------------------------------------------------- housekeeping
+
+
+def test_the_loop_tidies_after_work_and_while_it_waits() -> None:
+    bench = Bench()
+    bench.trainer.chores = 3
+    bench.run(ipc.Forward(small()), ipc.Sample(request([1, 2], max_tokens=2)))
+    assert bench.trainer.tidied
+    assert all(bench.trainer.tidied)
+    bench.trainer.tidied.clear()
+    bench.trainer.chores = 3
+    assert bench.loop.turn(wait=False) is Turn.WAIT
+    for _ in range(3):  # would sleep for ever if it did not know of more to do
+        assert bench.loop.turn(wait=True) is Turn.WAIT
+    assert bench.trainer.tidied == [False] * 4
+
+
+def test_a_command_comes_before_housekeeping() -> None:
+    bench = Bench()
+    bench.trainer.chores = 1000
+    bench.loop.turn(wait=False)
+    bench.inbox.put(ipc.Call(1, ipc.OptimStep({0: AdamParams()})))
+    assert bench.loop.turn(wait=True) is Turn.TRAIN
+    assert 1 in bench.replies

@@ -353,8 +353,9 @@ def test_loading_refuses_what_does_not_fit(checkpoint: Path, tmp_path: Path) -> 
 
 
 def test_slots_are_limited_and_must_exist(checkpoint: Path) -> None:
-    trainer = make_trainer(checkpoint)
-    trainer.config = trainer.config.model_copy(update={"max_slots": 1})
+    whole = make_trainer(checkpoint)
+    config = whole.config.model_copy(update={"max_slots": 1})
+    trainer = Trainer(whole.model, config, BASE_MODEL)
     trainer.load_slot(3, ALL)
     trainer.load_slot(3, MLP)
     with pytest.raises(UnitError, match="in use"):

@@ -120,6 +120,7 @@ class Capabilities:
     context_length: int
     eos_token_ids: tuple[int, ...]
     max_slots: int
+    """Adapters that may be loaded at once. The backend decides which of them are in memory."""
     max_lora_rank: int
     losses: frozenset[str]
     optimizers: frozenset[str] = frozenset({"adamw"})

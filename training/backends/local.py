@@ -113,7 +113,9 @@ class LocalBackend:
     async def _spawn(self) -> EngineChild:
         path = await asyncio.to_thread(resolve_model_path, self._model, self._config)
         child = EngineChild(
-            ipc.Configure(self._model.name, path, self._model.context_length, self._config.engine),
+            ipc.Configure(
+                self._model.name, path, self._model.context_length, self._config.resolved_engine()
+            ),
             self._on_line,
         )
         started_at = time.monotonic()

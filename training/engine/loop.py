@@ -53,6 +53,10 @@ class TrainerWork(Protocol):
 
     def export_adapter(self, slot: int, directory: Path) -> None: ...
 
+    def tidy(self, busy: bool) -> float | None:
+        """A few milliseconds of housekeeping, less of it while others are ``busy``; returns the
+        seconds until there is more to do if nothing else happens, None: never."""
+
 
 class SamplerWork(Protocol):
     """What the loop asks of ``engine.sampler.Sampler``."""
@@ -129,6 +133,7 @@ class EngineLoop:
         self._run: TrainRun | None = None  # of self._training[0]
         self._samples: dict[str, int] = {}  # request id -> call id
         self._stopped = False
+        self._tidy_in_s: float | None = None
 
     def run(self) -> None:
         turn = Turn.WAIT
@@ -136,8 +141,8 @@ class EngineLoop:
             turn = self.turn(wait=turn is Turn.WAIT)
 
     def turn(self, wait: bool) -> Turn:
-        """Takes in what has arrived (with ``wait``, sleeps until something has), then lets one side
-        work for one micro-batch or one decode step."""
+        """Takes in what has arrived (with ``wait``, sleeps until something has or there is something
+        to tidy up), then lets one side work for one micro-batch or one decode step."""
         self._receive(wait)
         if self._stopped:
             return Turn.WAIT
@@ -148,15 +153,16 @@ class EngineLoop:
         elif turn is Turn.SAMPLE:
             self._sample()
         self._time_share.spend(turn, self._clock() - started_at)
+        self._tidy_in_s = self._trainer.tidy(busy=turn is not Turn.WAIT)
         return turn
 
     # ----------------------------------------------------------------- absorb
 
     def _receive(self, wait: bool) -> None:
-        """Takes what has arrived; with ``wait``, sleeps until something has."""
+        """Takes what has arrived; with ``wait``, sleeps until something has or it is time to tidy."""
         while not self._stopped:
             try:
-                call = self._inbox.get(block=wait)
+                call = self._inbox.get(block=wait, timeout=self._tidy_in_s)
             except queue.Empty:
                 return
             wait = False

@@ -42,7 +42,11 @@ def write_state(
     base_model: str,
 ) -> None:
     write_adapter(directory, layout, weights, base_model)
-    moments = {"exp_avg": adam.exp_avg.cpu(), "exp_avg_sq": adam.exp_avg_sq.cpu()}
+    # Contiguous: moments before the first step are one zero, expanded.
+    moments = {
+        "exp_avg": adam.exp_avg.cpu().contiguous(),
+        "exp_avg_sq": adam.exp_avg_sq.cpu().contiguous(),
+    }
     save_file(moments, directory / OPTIMIZER_FILE)
     state = {
         "version": VERSION,

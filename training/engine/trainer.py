@@ -7,11 +7,10 @@ slots' gradients are what they were. All calls come from one thread.
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from training.backends.base import (
     AdamParams,
@@ -24,11 +23,14 @@ from training.backends.base import (
 )
 from training.config import EngineConfig
 from training.core.errors import BackendError, UnitError, UserError
-from training.engine.adapter import Adapter, AdapterLayout, fresh_weights
+from training.engine.adapter import AdapterLayout
 from training.engine.adapter_files import write_adapter
+from training.engine.adapter_slots import AdapterSlots
 from training.engine.decoder import Decoder
-from training.engine.optimizer import AdamState, adamw_step
 from training.engine.packing import plan_micro_batches
+from training.engine.slot import Slot
+from training.engine.slot_memory import SlotMemory
+from training.engine.spill_files import SpillDirectory
 from training.engine.state_files import read_state, write_state
 from training.engine.unit_work import UnitWork
 from training.losses import LOSSES
@@ -36,21 +38,6 @@ from training.losses.base import LossSpec
 
 UnitRun = Generator[None, None, list[TrainOutput]]
 """Yields after every micro-batch, so that its caller can do other work; returns the outputs."""
-
-
-@dataclass(eq=False)
-class Slot:
-    """``weights``: fp32 masters; ``adapter``: their copy in the compute dtype; ``gradient``: the
-    sum since the last step, None for zero. All flat, in the layout of ``adapter``."""
-
-    weights: torch.Tensor
-    adam: AdamState
-    adapter: Adapter
-    gradient: torch.Tensor | None = None
-
-    @property
-    def layout(self) -> AdapterLayout:
-        return self.adapter.layout
 
 
 class Trainer:
@@ -62,6 +49,7 @@ class Trainer:
         config: EngineConfig,
         name: str,
         context_length: int | None = None,
+        slots: AdapterSlots | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -69,7 +57,7 @@ class Trainer:
         self.context_length = min(
             context_length or model.config.context_length, model.config.context_length
         )
-        self._slots: dict[int, Slot] = {}
+        self.slots = slots or new_slots(model, config)
 
     def capabilities(self) -> Capabilities:
         return Capabilities(
@@ -94,35 +82,17 @@ class Trainer:
         """Raises ``UserError`` where the saved state does not fit; the old slot then remains."""
         if not 1 <= spec.rank <= self.config.max_lora_rank:
             raise UserError(f"LoRA rank {spec.rank} is not in 1..{self.config.max_lora_rank}")
-        if slot not in self._slots and len(self._slots) >= self.config.max_slots:
-            raise UnitError(f"all {self.config.max_slots} adapter slots are in use")
         layout = AdapterLayout.of(self.model.config, spec)
-        adam = None
-        if state_dir is None:
-            weights = fresh_weights(layout)
-        else:
+        saved = None
+        if state_dir is not None:
             saved = read_state(state_dir, layout, self.model.config, self.name, with_optimizer)
-            weights, adam = saved.weights, saved.adam
-        self._slots[slot] = self._new_slot(layout, weights, adam)
-
-    def _new_slot(
-        self, layout: AdapterLayout, weights: torch.Tensor, adam: AdamState | None
-    ) -> Slot:
-        device = self.model.device
-        weights = weights.to(device)
-        # In fp32 the adapter computes on the masters themselves: no copy to keep in step.
-        adapter = self.model.new_adapter(layout, weights, trainable=True)
-        if adam is None:
-            adam = AdamState.zeros_like(weights)
-        else:
-            adam = AdamState(adam.exp_avg.to(device), adam.exp_avg_sq.to(device), adam.step)
-        return Slot(weights, adam, adapter)
+        self.slots.allocate(slot, layout, saved)
 
     def unload_slot(self, slot: int) -> None:
-        self._slots.pop(slot, None)
+        self.slots.free(slot)
 
     def discard_grads(self, slot: int) -> None:
-        self.slot(slot).gradient = None
+        self.slots.discard_gradient(slot)
 
     def save_state(self, slot: int, directory: Path) -> None:
         held = self.slot(slot)
@@ -133,9 +103,12 @@ class Trainer:
         write_adapter(directory, held.layout, held.weights, self.name)
 
     def slot(self, slot: int) -> Slot:
-        if slot not in self._slots:
-            raise UnitError(f"slot {slot} holds no adapter")
-        return self._slots[slot]
+        """Brought into memory. Raises ``UnitError``."""
+        return self.slots.use(slot)
+
+    def tidy(self, busy: bool) -> float | None:
+        """What the engine's loop calls between turns; see ``SlotMemory.tidy``."""
+        return self.slots.tidy(busy)
 
     # ------------------------------------------------------------------ units
 
@@ -148,24 +121,25 @@ class Trainer:
 
     def _run(self, unit: TrainUnit, with_gradient: bool) -> UnitRun:
         self._check(unit)
-        work = UnitWork(self.model, unit, self._slots, with_gradient)
+        work = UnitWork(self.model, unit, self.slots, with_gradient)
         # Where bits do not depend on the company, small operations always share a pass.
         join = self.model.is_batch_invariant or self.config.join_operations
         try:
             for batch in plan_micro_batches(unit, self.config.micro_batch_tokens, join):
                 work.micro_batch(batch)
                 yield
+            self.slots.keep_gradients()
+            return work.outputs()
         except BackendError:
             raise
         except Exception as error:  # border: whatever torch raises, out of memory included
             raise UnitError(f"the unit failed: {type(error).__name__}: {error}") from error
-        for slot, gradient in work.gradients.items():
-            self._slots[slot].gradient = gradient
-        return work.outputs()
+        finally:
+            self.slots.drop_gradients()  # of a unit that did not come to its end
 
     def _check(self, unit: TrainUnit) -> None:
         for op_index, op in enumerate(unit.ops):
-            self.slot(op.slot)
+            self.slots.check_exists(op.slot)
             if op.loss not in LOSSES:
                 raise UserError(f"loss {op.loss!r} is not offered", op_index)
             for datum in op.data:
@@ -189,13 +163,12 @@ class Trainer:
     # ------------------------------------------------------------------ steps
 
     def optim_step(self, params: Mapping[int, AdamParams]) -> dict[int, OptimOutput]:
-        return {slot: self._step(self.slot(slot), each) for slot, each in params.items()}
+        for slot in params:
+            self.slots.check_exists(slot)
+        return {slot: self.slots.step(slot, each) for slot, each in params.items()}
 
-    def _step(self, held: Slot, params: AdamParams) -> OptimOutput:
-        gradient = held.gradient
-        if gradient is None:
-            gradient = torch.zeros_like(held.weights)
-        held.gradient = None
-        output = adamw_step(held.weights, gradient, held.adam, params)
-        held.adapter.update(held.weights)
-        return output
+
+def new_slots(model: Decoder, config: EngineConfig) -> AdapterSlots:
+    parent = config.spill_dir or Path(tempfile.gettempdir()) / f"tinkercloud-{os.getuid()}"
+    memory = SlotMemory(model, config, SpillDirectory(parent))
+    return AdapterSlots(memory, config.max_slots)
