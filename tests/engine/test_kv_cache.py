@@ -1,88 +1,98 @@
-"""The KV cache's allocator under random use."""
+"""The KV cache's block pool under random use."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.engine.kv_cache import MIN_EXTENT_TOKENS, Extent, ExtentPool, extent_size
+from training.engine.kv_cache import BlockPool, num_blocks
 
 ACTIONS = st.lists(
-    st.tuples(
-        st.sampled_from(["allocate", "free", "shrink", "grow"]), st.integers(1, 400), st.integers(0)
-    ),
-    max_size=60,
+    st.tuples(st.sampled_from(["allocate", "share", "free", "cache", "uncache"]), st.integers(0)),
+    max_size=80,
 )
 
 
-@given(capacity=st.integers(MIN_EXTENT_TOKENS, 1500), actions=ACTIONS)
-def test_integrity_under_random_use(capacity: int, actions: list[tuple[str, int, int]]) -> None:
-    pool = ExtentPool(capacity)
-    owned: list[Extent] = []
-    for action, num_tokens, choice in actions:
-        place = choice % len(owned) if owned else None
+def make_pool(capacity: int) -> tuple[BlockPool, list[int]]:
+    """And the blocks that it took back from the cache."""
+    evicted: list[int] = []
+    return BlockPool(capacity, evicted.append), evicted
+
+
+@given(capacity=st.integers(1, 12), actions=ACTIONS)
+def test_integrity_under_random_use(capacity: int, actions: list[tuple[str, int]]) -> None:
+    pool, evicted = make_pool(capacity)
+    users: Counter[int] = Counter()
+    cached: set[int] = set()
+    for action, choice in actions:
+        used = sorted(users)
         if action == "allocate":
-            _allocate(pool, owned, num_tokens)
-        elif place is None:
-            continue
-        elif action == "free":
-            pool.free(owned.pop(place))
-        elif action == "shrink":
-            smaller = pool.shrink(owned[place], num_tokens)
-            assert smaller.start == owned[place].start
-            assert smaller.size == min(owned[place].size, extent_size(num_tokens))
-            owned[place] = smaller
-        elif (grown := pool.grow(owned[place])) is not None:
-            assert grown == (owned[place].start, owned[place].size * 2)
-            owned[place] = grown
-        pool.check_integrity(set(owned))
-        assert pool.available == pool.num_tokens - sum(extent.size for extent in owned)
-    for extent in owned:
-        pool.free(extent)
-    pool.check_integrity(set())
-    assert pool.can_allocate(pool.largest_extent)
+            if not pool.can_allocate(1):
+                with pytest.raises(MemoryError):
+                    pool.allocate()
+                continue
+            block = pool.allocate()
+            assert users[block] == 0
+            users[block] += 1
+            cached -= set(evicted)
+            assert block not in cached
+        elif action == "share" and (both := sorted({*used, *cached})):
+            block = both[choice % len(both)]
+            pool.share(block)
+            users[block] += 1
+        elif action == "free" and used:
+            block = used[choice % len(used)]
+            pool.free(block)
+            users[block] -= 1
+        elif action == "cache" and used:
+            block = used[choice % len(used)]
+            pool.cache(block)
+            cached.add(block)
+        elif action == "uncache" and cached:
+            block = sorted(cached)[choice % len(cached)]
+            pool.uncache(block)
+            cached.remove(block)
+        users = +users
+        pool.check_integrity(users, cached)
+        assert pool.available == capacity - len(users)
+        assert all(pool.is_private(b) == (n == 1 and b not in cached) for b, n in users.items())
 
 
-def _allocate(pool: ExtentPool, owned: list[Extent], num_tokens: int) -> None:
-    if not pool.can_allocate(num_tokens):
-        with pytest.raises(MemoryError):
-            pool.allocate(num_tokens)
-        return
-    extent = pool.allocate(num_tokens)
-    assert num_tokens <= extent.size < 2 * max(num_tokens, MIN_EXTENT_TOKENS)
-    assert extent.start % extent.size == 0
-    owned.append(extent)
-
-
-def test_the_whole_pool_is_one_extent() -> None:
-    pool = ExtentPool(1024)
-    whole = pool.allocate(1024)
-    assert not pool.can_allocate(1)
-    pool.free(whole)
-    assert pool.available == 1024
-
-
-def test_equal_extents_lie_side_by_side() -> None:
-    pool = ExtentPool(1024)
-    assert [pool.allocate(100).start for _ in range(4)] == [0, 128, 256, 384]
-
-
-def test_an_extent_grows_into_its_free_upper_buddy_only() -> None:
-    pool = ExtentPool(64)
-    lower, upper = pool.allocate(16), pool.allocate(16)
-    assert pool.grow(lower) is None
-    pool.free(upper)
-    assert pool.grow(lower) == (0, 32)
+def test_cached_blocks_are_given_out_last_and_the_longest_unused_first() -> None:
+    pool, evicted = make_pool(4)
+    blocks = [pool.allocate() for _ in range(4)]
+    for block in blocks[1:]:
+        pool.cache(block)
+    for block in reversed(blocks):
+        pool.free(block)
+    pool.share(blocks[3])
+    pool.free(blocks[3])
+    assert pool.allocate() == blocks[0]
+    assert evicted == []
+    assert [pool.allocate() for _ in range(3)] == [blocks[2], blocks[1], blocks[3]]
+    assert evicted == [blocks[2], blocks[1], blocks[3]]
 
 
 def test_misuse_is_seen() -> None:
-    pool = ExtentPool(64)
-    extent = pool.allocate(16)
-    pool.free(extent)
-    with pytest.raises(RuntimeError, match="not owned"):
-        pool.free(extent)
-    with pytest.raises(RuntimeError, match="owned wrongly"):
-        pool.check_integrity({extent})
+    pool, _ = make_pool(2)
+    block = pool.allocate()
+    with pytest.raises(RuntimeError, match="counted wrongly"):
+        pool.check_integrity({}, [])
+    with pytest.raises(RuntimeError, match="cached wrongly"):
+        pool.check_integrity({block: 1}, [block])
+    pool.free(block)
+    with pytest.raises(RuntimeError, match="no user"):
+        pool.free(block)
+    with pytest.raises(RuntimeError, match="no user"):
+        pool.cache(block)
+    with pytest.raises(KeyError):
+        pool.share(block)
     with pytest.raises(ValueError, match="at least"):
-        ExtentPool(MIN_EXTENT_TOKENS - 1)
+        make_pool(0)
+
+
+def test_blocks_of_tokens() -> None:
+    assert [num_blocks(tokens) for tokens in (0, 1, 32, 33, 64)] == [0, 1, 1, 2, 2]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.engine.sampler_cases import (
+    CPU,
     ask,
     make_adapter,
     make_model_directory,
@@ -27,8 +28,12 @@ from tests.engine.sampler_cases import (
 from tests.engine.test_sampler import TOLERANCE, assert_same, reference_logprobs
 from training.backends.base import LoraSpec, SampleResult
 from training.core.errors import UserError
+from training.engine.adapter import AdapterLayout
 from training.engine.adapter_files import WEIGHTS_FILE
+from training.engine.decoder import BLOCK_TOKENS
+from training.engine.model import Transformer
 from training.engine.sampler import Sampler
+from training.engine.torch_sampling import TorchKvCache
 
 SPECS: Mapping[str, LoraSpec] = {
     "all": LoraSpec(rank=4, seed=1),
@@ -41,7 +46,7 @@ SPECS: Mapping[str, LoraSpec] = {
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = make_model_directory(tmp_path_factory.mktemp("model"))
-    model = make_sampler(path)._model
+    model = Transformer.from_directory(path, CPU, torch.float32)
     for name, spec in SPECS.items():
         make_adapter(model, path / name, spec)
     return path
@@ -180,7 +185,7 @@ def test_retired_snapshots_serve_what_was_submitted(directory: Path, tmp_path: P
     assert_same(
         result, sample_one(adapted_sampler(directory), ask(request.prompt, snapshot_id="mlp"))
     )
-    assert sampler._pool.available == sampler._pool.num_tokens
+    assert sampler._blocks.available * BLOCK_TOKENS == sampler._blocks.num_tokens
 
 
 def test_a_submitted_snapshot_whose_files_went_before_it_was_retired(
@@ -194,11 +199,15 @@ def test_a_submitted_snapshot_whose_files_went_before_it_was_retired(
 
 
 def test_few_adapters_stay_in_memory(directory: Path) -> None:
-    sampler = adapted_sampler(directory, max_sampling_adapters=2)
+    all_bytes = sum(
+        4 * AdapterLayout.of(adapted_sampler(directory)._decoder.config, spec).num_params
+        for spec in SPECS.values()
+    )
+    sampler = adapted_sampler(directory, sampling_adapter_bytes=all_bytes - 1)
     names = list(SPECS) * 2
     requests = [ask(random_prompt(8), f"r{i}", snapshot_id=name) for i, name in enumerate(names)]
     results = sample_all(sampler, requests)
-    assert sampler._adapters.num_cached == 2
+    assert sampler._adapters.num_cached == len(SPECS) - 1
     for name, result in zip(names, results, strict=True):
         request = ask(random_prompt(8), snapshot_id=name)
         assert_same(result, sample_one(adapted_sampler(directory), request))
@@ -241,15 +250,13 @@ def test_weights_of_nan_leave_no_trace(
     shutil.copytree(directory / "all", tmp_path / "nan")
     sampler = adapted_sampler(directory, kv_cache_tokens=256, prefill_chunk_tokens=16)
     sampler.publish("nan", damage(tmp_path / "nan", float("nan")))
-    for request_id in ("nan", "cancelled"):
-        sampler.submit(ask(random_prompt(60), request_id, snapshot_id="nan", **settings))
-        sampler.step()
-    sampler.cancel("cancelled")
-    ended = outcomes(sampler, [ask(random_prompt(20, seed=2), "good", num_samples=4)])
+    ended = outcomes(sampler, [ask(random_prompt(60), "nan", snapshot_id="nan", **settings)])
     assert isinstance(ended["nan"][1], UserError)
+    ended = outcomes(sampler, [ask(random_prompt(20, seed=2), "good", num_samples=4)])
     good = ended["good"][1]
     assert isinstance(good, SampleResult)
     alone = ask(random_prompt(20, seed=2), "good", num_samples=4)
     assert_same(good, sample_one(make_sampler(directory), alone))
+    assert isinstance(sampler._cache, TorchKvCache)
     assert not bool(torch.isnan(sampler._cache.k).any())
     assert not bool(torch.isnan(sampler._cache.v).any())

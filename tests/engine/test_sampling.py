@@ -9,10 +9,16 @@ import pytest
 import torch
 
 from training.engine.prompt_scores import uniform_stream
-from training.engine.sampling import Cut, draw, inverse_cdf, scaled_logprobs, top_logprobs
+from training.engine.sampling import Cut, Cuts
+from training.engine.torch_vocabulary import TorchVocabulary, inverse_cdf, scaled_logprobs
 
 Array = np.ndarray[Any, np.dtype[Any]]
 NUM_DRAWS = 20000
+VOCABULARY = TorchVocabulary()
+
+
+def logprobs_at(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    return scaled_logprobs(logits, np.full(len(logits), temperature, np.float32))
 
 
 def random_logits(rows: int, vocab: int, seed: int = 0, scale: float = 2.0) -> torch.Tensor:
@@ -49,9 +55,11 @@ def chi_square(counts: Array, probabilities: Array) -> float:
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 def test_draws_follow_the_distribution(vocab: int, temperature: float) -> None:
     logits = random_logits(1, vocab)
-    logprobs = scaled_logprobs(logits, [temperature])
-    uniforms = torch.from_numpy(uniform_stream(3, 1).random((1, NUM_DRAWS)))
-    tokens = inverse_cdf(logprobs.exp(), uniforms)[0].numpy()
+    uniforms = uniform_stream(3, 1).random((1, NUM_DRAWS))
+    tokens, logprobs = VOCABULARY.draw(logits, temperature, uniforms)
+    assert tokens.dtype == np.int32
+    np.testing.assert_array_equal(logprobs[0], logprobs_at(logits, temperature)[0, tokens[0]])
+    tokens = tokens[0]
     counts = np.bincount(tokens, minlength=vocab)
     expected = torch.softmax(logits[0].double() / temperature, -1).numpy()
     assert abs(chi_square(counts, expected)) < 4
@@ -72,11 +80,14 @@ def test_draws_follow_the_distribution(vocab: int, temperature: float) -> None:
 )
 @pytest.mark.parametrize("vocab", [50, 3000])
 def test_cut_draws_follow_the_cut_distribution(cut: Cut, vocab: int) -> None:
-    logprobs = scaled_logprobs(random_logits(1, vocab), [cut.temperature])
+    logits = random_logits(1, vocab)
     num_draws = NUM_DRAWS // 10
-    uniforms = uniform_stream(5, 0).random(num_draws).tolist()
-    tokens = draw(logprobs.expand(num_draws, -1), [cut] * num_draws, uniforms).numpy()
-    kept = slow_kept(logprobs[0], cut)
+    uniforms = uniform_stream(5, 0).random(num_draws)
+    cuts = Cuts.of([cut] * num_draws)
+    tokens, logprobs = VOCABULARY.sample(logits.expand(num_draws, -1), cuts, uniforms)
+    whole = logprobs_at(logits, cut.temperature)[0]
+    np.testing.assert_array_equal(logprobs, whole[tokens])
+    kept = slow_kept(whole, cut)
     assert set(tokens.tolist()) <= set(kept)
     counts = np.bincount(tokens, minlength=vocab)
     expected = np.zeros(vocab)
@@ -87,24 +98,24 @@ def test_cut_draws_follow_the_cut_distribution(cut: Cut, vocab: int) -> None:
 @pytest.mark.parametrize("cut", [Cut(1.0, 100, 1.0), Cut(1.0, 1100, 1.0), Cut(1.0, -1, 0.5)])
 def test_ties_are_cut_by_token_id(cut: Cut) -> None:
     """With equal logits exactly the lowest ids are kept, at every edge of the range."""
-    logprobs = scaled_logprobs(torch.zeros(1, 2000), [1.0])
-    num_kept = len(slow_kept(logprobs[0], cut))
+    logits = torch.zeros(1, 2000)
+    num_kept = len(slow_kept(logprobs_at(logits, 1.0)[0], cut))
     for uniform, expected in ((0.0, 0), (1 - 2**-53, num_kept - 1)):
-        token = int(draw(logprobs, [cut], [uniform])[0])
+        token = int(VOCABULARY.sample(logits, Cuts.of([cut]), np.array([uniform])).tokens[0])
         assert abs(token - expected) <= (1 if cut.top_p < 1 else 0)
 
 
 def test_rows_do_not_see_each_other() -> None:
     vocab = 2000
-    logits = random_logits(12, vocab).bfloat16()
+    logits = random_logits(12, vocab)
     cuts = [Cut(0.0, -1, 1.0), Cut(1.0, -1, 1.0), Cut(0.5, 3, 1.0), Cut(2.0, 1200, 0.99)] * 3
-    uniforms = uniform_stream(1, 1).random(12).tolist()
-    logprobs = scaled_logprobs(logits, [cut.temperature for cut in cuts])
-    together = draw(logprobs, cuts, uniforms)
+    uniforms = uniform_stream(1, 1).random(12)
+    together = VOCABULARY.sample(logits, Cuts.of(cuts), uniforms)
     for row in range(12):
-        alone = scaled_logprobs(logits[row : row + 1], [cuts[row].temperature])
-        assert torch.equal(alone[0], logprobs[row])
-        assert int(draw(alone, cuts[row : row + 1], uniforms[row : row + 1])[0]) == together[row]
+        one = slice(row, row + 1)
+        alone = VOCABULARY.sample(logits[one], Cuts.of(cuts[one]), uniforms[one])
+        assert alone.tokens[0] == together.tokens[row]
+        assert alone.logprobs[0] == together.logprobs[row]
 
 
 def test_edges_of_the_uniform_range() -> None:
@@ -128,29 +139,41 @@ def test_never_draws_what_has_no_weight() -> None:
 
 def test_greedy_is_the_maximum_of_the_unscaled_distribution() -> None:
     logits = random_logits(4, 1000)
-    logprobs = scaled_logprobs(logits, [0.0] * 4)
-    assert torch.equal(logprobs, torch.log_softmax(logits, -1))
-    assert torch.equal(draw(logprobs, [Cut(0.0, 5, 0.1)] * 4, [0.9] * 4), logits.argmax(-1))
+    greedy = Cuts.of([Cut(0.0, 5, 0.1)] * 4)
+    tokens, logprobs = VOCABULARY.sample(logits, greedy, np.full(4, 0.9))
+    np.testing.assert_array_equal(tokens, logits.argmax(-1))
+    np.testing.assert_array_equal(logprobs, torch.log_softmax(logits, -1).max(-1).values)
+    many, _ = VOCABULARY.draw(logits, 0.0, np.full((4, 3), 0.9))
+    np.testing.assert_array_equal(many, np.repeat(tokens[:, None], 3, 1))
 
 
 def test_a_row_of_nan_leaves_the_others_alone() -> None:
     logits = random_logits(3, 1500)
     logits[1] = float("nan")
     for cut in (Cut(1.0, -1, 1.0), Cut(1.0, 5, 0.9), Cut(0.0, -1, 1.0)):
-        logprobs = scaled_logprobs(logits, [cut.temperature] * 3)
-        tokens = draw(logprobs, [cut] * 3, [0.3, 0.3, 0.3])
-        alone = draw(logprobs[[0, 2]], [cut] * 2, [0.3, 0.3])
-        assert torch.equal(tokens[[0, 2]], alone)
-        assert 0 <= int(tokens[1]) < 1500
+        tokens, logprobs = VOCABULARY.sample(logits, Cuts.of([cut] * 3), np.full(3, 0.3))
+        alone, _ = VOCABULARY.sample(logits[[0, 2]], Cuts.of([cut] * 2), np.full(2, 0.3))
+        np.testing.assert_array_equal(tokens[[0, 2]], alone)
+        assert 0 <= tokens[1] < 1500
+        assert np.isnan(logprobs).tolist() == [False, True, False]
 
 
 def test_top_logprobs_are_sorted() -> None:
-    logprobs = scaled_logprobs(random_logits(3, 500), [1.0] * 3)
-    best = top_logprobs(logprobs, 7)
-    expected = np.sort(logprobs.numpy(), -1)[:, ::-1][:, :7]
-    np.testing.assert_array_equal(best.logprobs, expected)
-    np.testing.assert_array_equal(np.take_along_axis(logprobs.numpy(), best.token_ids, 1), expected)
+    logits = random_logits(3, 500)
+    best = VOCABULARY.top(logits, np.array([1.0, 0.5, 0.0], np.float32), 7)
+    for row, temperature in enumerate((1.0, 0.5, 1.0)):
+        logprobs = logprobs_at(logits, temperature)[row].numpy()
+        expected = np.sort(logprobs)[::-1][:7]
+        np.testing.assert_array_equal(best.logprobs[row], expected)
+        np.testing.assert_array_equal(logprobs[best.token_ids[row]], expected)
     assert best.token_ids.dtype == np.int32
+
+
+def test_logprobs_of_targets_are_unscaled() -> None:
+    logits = random_logits(3, 500)
+    targets = np.array([[0, 499], [7, 7], [250, 1]])
+    expected = torch.log_softmax(logits, -1).gather(1, torch.from_numpy(targets))
+    np.testing.assert_array_equal(VOCABULARY.logprobs(logits, targets), expected)
 
 
 def test_streams_are_apart_and_repeatable() -> None:

@@ -1,187 +1,105 @@
-"""Memory of the KV cache: who owns which tokens (``ExtentPool``) and the tensors (``KvCache``).
+"""Who uses which block of the KV cache. Knows neither tokens nor tensors.
 
-A sequence owns one contiguous extent whose size is a power of two, aligned to its size (a buddy
-system). So extents of one size that lie side by side are a plain strided view [n, size, K, D] of
-the cache, and attention over many sequences needs no gather and no copy of K or V.
-
-Shape legend: C cache tokens, K kv heads, D head_dim.
+A block may have several users: sequences that begin alike share it. A block without users is free;
+if it is marked as cached its content may still serve somebody, so it is given out last, the one
+that was used longest ago first.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 
-import numpy as np
-import torch
-
-from training.engine.model_config import ModelConfig
-
-MIN_EXTENT_TOKENS = 16
+from training.engine.decoder import BLOCK_TOKENS
 
 
-class Extent(NamedTuple):
-    """Cache tokens [``start``, ``start + size``)."""
-
-    start: int
-    size: int
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.size
+def num_blocks(num_tokens: int) -> int:
+    """Blocks that hold ``num_tokens``."""
+    return -(-num_tokens // BLOCK_TOKENS)
 
 
-def extent_size(num_tokens: int) -> int:
-    """The smallest extent that holds ``num_tokens``."""
-    size = MIN_EXTENT_TOKENS
-    while size < num_tokens:
-        size *= 2
-    return size
+class BlockPool:
+    """``capacity`` blocks, numbered from 0. ``on_evict`` is told each cached block that is given
+    out for something else; it may call ``uncache`` for others, not for that one."""
 
-
-class ExtentPool:
-    """Buddy allocator over ``num_tokens`` cache tokens, rounded down to whole minimal extents.
-
-    Of the free extents the smallest that fits is split, the lowest address first: extents of one
-    size gather side by side, where attention reads them together.
-    """
-
-    def __init__(self, num_tokens: int) -> None:
-        if num_tokens < MIN_EXTENT_TOKENS:
-            raise ValueError(f"a KV cache needs at least {MIN_EXTENT_TOKENS} tokens")
-        self.num_tokens = num_tokens // MIN_EXTENT_TOKENS * MIN_EXTENT_TOKENS
-        self._roots = _aligned_roots(self.num_tokens)
-        self._free: dict[int, set[int]] = {}
-        for root in self._roots:
-            self._free.setdefault(root.size, set()).add(root.start)
-        self._owned: dict[int, int] = {}
+    def __init__(self, capacity: int, on_evict: Callable[[int], None]) -> None:
+        if capacity < 1:
+            raise ValueError(f"a KV cache needs at least one block of {BLOCK_TOKENS} tokens")
+        self.capacity = capacity
+        self._on_evict = on_evict
+        self._num_users = [0] * capacity
+        self._empty = list(reversed(range(capacity)))
+        self._idle: OrderedDict[int, None] = OrderedDict()  # cached, without users; oldest first
+        self._cached: set[int] = set()
 
     @property
     def available(self) -> int:
-        """Free tokens, perhaps in pieces."""
-        return sum(size * len(starts) for size, starts in self._free.items())
+        """Blocks without users, cached ones among them."""
+        return len(self._empty) + len(self._idle)
 
-    @property
-    def largest_extent(self) -> int:
-        """The size of the largest extent of an empty pool."""
-        return self._roots[0].size
+    def can_allocate(self, count: int) -> bool:
+        return count <= self.available
 
-    def can_allocate(self, num_tokens: int) -> bool:
-        return self._best_fit(extent_size(num_tokens)) is not None
+    def allocate(self) -> int:
+        """A block with one user. Raises ``MemoryError`` where ``can_allocate(1)`` says no."""
+        if self._empty:
+            block = self._empty.pop()
+        elif self._idle:
+            block, _ = self._idle.popitem(last=False)
+            self._cached.remove(block)
+            self._on_evict(block)
+        else:
+            raise MemoryError("every block of the KV cache is in use")
+        self._num_users[block] = 1
+        return block
 
-    def allocate(self, num_tokens: int) -> Extent:
-        """Raises ``MemoryError`` where ``can_allocate`` says no."""
-        size = extent_size(num_tokens)
-        found = self._best_fit(size)
-        if found is None:
-            raise MemoryError(f"no free extent of {size} tokens")
-        start = min(self._free[found])
-        self._take(start, found)
-        self._owned[start] = size
-        while found > size:  # the lower half is kept, the upper one becomes free
-            found //= 2
-            self._free.setdefault(found, set()).add(start + found)
-        return Extent(start, size)
+    def share(self, block: int) -> None:
+        """One more user of a block that has users or is cached."""
+        if self._num_users[block] == 0:
+            del self._idle[block]  # KeyError: its content is gone
+        self._num_users[block] += 1
 
-    def free(self, extent: Extent) -> None:
-        """Merges the extent with its free buddies."""
-        self._disown(extent)
-        start, size = extent
-        while (start ^ size) in self._free.get(size, ()):
-            self._take(start ^ size, size)
-            start, size = min(start, start ^ size), size * 2
-        self._free.setdefault(size, set()).add(start)
+    def free(self, block: int) -> None:
+        """One user less."""
+        if self._num_users[block] == 0:
+            raise RuntimeError(f"block {block} has no user")
+        self._num_users[block] -= 1
+        if self._num_users[block] > 0:
+            return
+        if block in self._cached:
+            self._idle[block] = None
+        else:
+            self._empty.append(block)
 
-    def shrink(self, extent: Extent, num_tokens: int) -> Extent:
-        """Gives back the upper part that ``num_tokens`` do not need."""
-        size = extent_size(num_tokens)
-        if size >= extent.size:
-            return extent
-        self._disown(extent)
-        self._owned[extent.start] = size
-        half = extent.size
-        while half > size:
-            half //= 2
-            self._free.setdefault(half, set()).add(extent.start + half)
-        return Extent(extent.start, size)
+    def is_private(self, block: int) -> bool:
+        """It has one user, and nobody will find its content later."""
+        return self._num_users[block] == 1 and block not in self._cached
 
-    def grow(self, extent: Extent) -> Extent | None:
-        """Doubles the extent in place, keeping its start; None where its upper buddy is taken."""
-        start, size = extent
-        if start & size or (start ^ size) not in self._free.get(size, ()):
-            return None
-        self._disown(extent)
-        self._take(start ^ size, size)
-        self._owned[start] = size * 2
-        return Extent(start, size * 2)
+    def cache(self, block: int) -> None:
+        """The content of a block in use is worth keeping after its users have gone."""
+        if self._num_users[block] == 0:
+            raise RuntimeError(f"block {block} has no user")
+        self._cached.add(block)
 
-    def check_integrity(self, expected: set[Extent]) -> None:
-        """Raises ``RuntimeError`` unless exactly ``expected`` is owned and the rest is free."""
-        owned = {Extent(start, size) for start, size in self._owned.items()}
-        if owned != expected:
-            raise RuntimeError(f"extents {sorted(owned ^ expected)} are owned wrongly")
-        free = {Extent(start, size) for size, starts in self._free.items() for start in starts}
-        position = 0
-        for start, size in sorted(owned | free):
-            if start != position or start % size:
-                raise RuntimeError(f"extent {start}+{size} is out of place: expected {position}")
-            position += size
-        if position != self.num_tokens:
-            raise RuntimeError(f"{self.num_tokens - position} cache tokens are lost")
-        for start, size in free:
-            if Extent(start ^ size, size) in free and Extent(start, size) not in self._roots:
-                raise RuntimeError(f"free extent {start}+{size} was not merged with its buddy")
+    def uncache(self, block: int) -> None:
+        self._cached.discard(block)
+        if block in self._idle:
+            del self._idle[block]
+            self._empty.append(block)
 
-    def _best_fit(self, size: int) -> int | None:
-        return min(
-            (each for each, starts in self._free.items() if each >= size and starts), default=None
-        )
-
-    def _take(self, start: int, size: int) -> None:
-        self._free[size].remove(start)
-
-    def _disown(self, extent: Extent) -> None:
-        if self._owned.get(extent.start) != extent.size:
-            raise RuntimeError(f"{extent} is not owned")
-        del self._owned[extent.start]
-
-
-def _aligned_roots(num_tokens: int) -> list[Extent]:
-    """Powers of two, largest first, that sum to ``num_tokens``: each start is aligned."""
-    roots, start = [], 0
-    for bit in reversed(range(num_tokens.bit_length())):
-        if num_tokens & (1 << bit):
-            roots.append(Extent(start, 1 << bit))
-            start += 1 << bit
-    return roots
-
-
-class KvCache:
-    """``k`` and ``v`` [layers, C, K, D]. Never holds NaN: masked cells are multiplied by zero."""
-
-    def __init__(
-        self, config: ModelConfig, num_tokens: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        shape = (config.num_layers, num_tokens, config.num_kv_heads, config.head_dim)
-        self.k = _zeros(shape, device, dtype)
-        self.v = _zeros(shape, device, dtype)
-
-    def copy_prefix(self, source: int, destination: int, num_tokens: int) -> None:
-        """Copies ``num_tokens`` cells; the two ranges must not overlap."""
-        for tensor in (self.k, self.v):
-            tensor[:, destination : destination + num_tokens] = tensor[
-                :, source : source + num_tokens
-            ]
-
-    def clear(self, extent: Extent) -> None:
-        """Zeros cells that may hold NaN, before somebody else owns them."""
-        self.k[:, extent.start : extent.stop] = 0
-        self.v[:, extent.start : extent.stop] = 0
-
-
-def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    if device.type != "cpu":
-        return torch.zeros(shape, device=device, dtype=dtype)
-    # numpy's zeros come from calloc: pages that are never used take no memory. torch.zeros
-    # writes to all of them.
-    num_bytes = int(np.prod(shape)) * dtype.itemsize
-    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)
+    def check_integrity(self, users: Mapping[int, int], cached: Iterable[int]) -> None:
+        """Raises ``RuntimeError`` unless ``users`` (block -> number) and ``cached`` are what the
+        pool believes, and every other block is free."""
+        believed = {block: num for block, num in enumerate(self._num_users) if num}
+        if believed != dict(users):
+            wrong = sorted({*believed.items()} ^ {*users.items()})
+            raise RuntimeError(f"(block, users) counted wrongly: {wrong}")
+        if self._cached != set(cached):
+            raise RuntimeError(f"blocks cached wrongly: {sorted(self._cached ^ set(cached))}")
+        free = [*self._empty, *self._idle]
+        if len(set(free)) != len(free) or set(free) | set(believed) != set(range(self.capacity)):
+            raise RuntimeError("blocks of the KV cache are lost or free twice")
+        if len(free) + len(believed) != self.capacity:
+            raise RuntimeError("a block in use is free")
+        if set(self._idle) != self._cached - set(believed):
+            raise RuntimeError("a free block is cached and empty at once")

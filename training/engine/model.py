@@ -16,13 +16,16 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from training.backends.base import Int32Array
+from training.engine import torch_sampling
 from training.engine.adapter import UNEMBED_LAYER, Adapter, AdapterLayout, Group
 from training.engine.adapter import Segment as Segment
 from training.engine.attention import PackedAttention
+from training.engine.decoder import Chunk, KvCache
 from training.engine.elementwise import rms_norm, rotate, swiglu
 from training.engine.lora_linear import lora_linear, lora_linear_backward
 from training.engine.model_config import ModelConfig as ModelConfig
 from training.engine.torch_head import TorchHeadPass
+from training.engine.torch_sampling import TorchKvCache
 from training.engine.torch_training import TorchTrainingPass, pack
 from training.engine.weights import LayerWeights, ModelWeights, load_weights
 
@@ -136,9 +139,26 @@ class Transformer:
                 x_TH = self._layer(x_TH, index, layer, rotation, segments, attention)
         return rms_norm(x_TH, self.weights.final_norm, self.config.norm_eps)
 
-    def logits(self, hidden_TH: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
-        """Logits [T, V] in the compute dtype: head plus each segment's unembed adapter."""
-        return lora_linear(hidden_TH, self.weights.head, segments, UNEMBED_LAYER, Group.UNEMBED)
+    def new_cache(self, num_blocks: int) -> TorchKvCache:
+        return TorchKvCache(self.config, num_blocks, self.device, self.dtype)
+
+    def sampling_pass(
+        self,
+        cache: KvCache,
+        tokens_T: Int32Array,
+        chunks: Sequence[Chunk],
+        segments: Sequence[Segment],
+    ) -> torch.Tensor:
+        assert isinstance(cache, TorchKvCache)
+        return torch_sampling.sampling_pass(self, cache, tokens_T, chunks, segments)
+
+    def logits(self, hidden_RH: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+        """In bfloat16 they are rounded to it before they become fp32."""
+
+        def product(rows_RH: torch.Tensor, parts: Sequence[Segment]) -> torch.Tensor:
+            return lora_linear(rows_RH, self.weights.head, parts, UNEMBED_LAYER, Group.UNEMBED)
+
+        return torch_sampling.logits(product, hidden_RH, segments)
 
     def rotation(self, positions_T: torch.Tensor) -> Rotation:
         angles = positions_T.float()[:, None] * self._frequencies

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from training.backends.base import Float32Array, Int32Array, SampleRequest, TopK
-from training.engine.sampling import inverse_cdf, scaled_logprobs, top_logprobs
+from training.engine.sampling import Vocabulary
 
 LOGITS_ROWS = 64
 """Rows whose logits are alive at once."""
@@ -36,8 +36,9 @@ class PromptScores:
     P - 1: the last row predicts no prompt token.
     """
 
-    def __init__(self, request: SampleRequest) -> None:
+    def __init__(self, request: SampleRequest, vocabulary: Vocabulary) -> None:
         self._request = request
+        self._vocabulary = vocabulary
         self.num_prompt_tokens = num = len(request.prompt)
         self.rows_end = num - 1
         last_n = request.prompt_logprobs_last_n
@@ -77,46 +78,33 @@ class PromptScores:
 
     def _score(self, start: int, logits_RV: torch.Tensor) -> None:
         stop = start + len(logits_RV)
-        logprobs_RV = scaled_logprobs(logits_RV, [0.0] * len(logits_RV))
         if self._logprobs is not None or self._topk is not None:
-            self._score_own(max(start, self._logprobs_from), start, logprobs_RV)
+            self._score_own(max(start, self._logprobs_from), start, logits_RV)
         targets = self._request.target_prompt_tokens
         if self._targets is not None and targets is not None:
             ids_RK = targets[start:stop]
-            index = torch.from_numpy(np.maximum(ids_RK, 0)).to(logprobs_RV.device)
-            values = logprobs_RV.gather(1, index).cpu().numpy()
+            values = self._vocabulary.logprobs(logits_RV, np.maximum(ids_RK, 0))
             self._targets[start:stop] = np.where(ids_RK >= 0, values, 0.0)
         if self._alt is not None:
-            self._draw_alternatives(self._alt, start, logits_RV, logprobs_RV)
+            uniforms = self._uniforms()[start:stop]
+            drawn = self._vocabulary.draw(logits_RV, self._request.temperature, uniforms)
+            self._alt.token_ids[start:stop] = drawn.tokens
+            self._alt.logprobs[start:stop] = drawn.logprobs
 
-    def _score_own(self, begin: int, start: int, logprobs_RV: torch.Tensor) -> None:
-        stop = start + len(logprobs_RV)
-        logprobs_RV = logprobs_RV[begin - start :]
+    def _score_own(self, begin: int, start: int, logits_RV: torch.Tensor) -> None:
+        stop = start + len(logits_RV)
         if begin >= stop:
             return
+        logits_RV = logits_RV[begin - start :]
         if self._logprobs is not None:
-            ids = self._request.prompt[begin + 1 : stop + 1].astype(np.int64)
-            index = torch.from_numpy(ids).to(logprobs_RV.device)[:, None]
-            self._logprobs[begin + 1 : stop + 1] = logprobs_RV.gather(1, index)[:, 0].cpu().numpy()
+            own_R1 = self._request.prompt[begin + 1 : stop + 1].astype(np.int64)[:, None]
+            logprobs = self._vocabulary.logprobs(logits_RV, own_R1)
+            self._logprobs[begin + 1 : stop + 1] = logprobs[:, 0]
         if self._topk is not None:
-            best = top_logprobs(logprobs_RV, self._topk.logprobs.shape[1])
+            unscaled = np.zeros(len(logits_RV), np.float32)
+            best = self._vocabulary.top(logits_RV, unscaled, self._topk.logprobs.shape[1])
             self._topk.token_ids[begin + 1 : stop + 1] = best.token_ids
             self._topk.logprobs[begin + 1 : stop + 1] = best.logprobs
-
-    def _draw_alternatives(
-        self, alt: TopK, start: int, logits_RV: torch.Tensor, logprobs_RV: torch.Tensor
-    ) -> None:
-        num_rows, k = len(logits_RV), alt.logprobs.shape[1]
-        temperature = self._request.temperature
-        if temperature == 0:
-            ids = logprobs_RV.argmax(-1, keepdim=True).expand(-1, k)
-        else:
-            if temperature != 1:
-                logprobs_RV = scaled_logprobs(logits_RV, [temperature] * num_rows)
-            uniforms = torch.from_numpy(self._uniforms()[start : start + num_rows])
-            ids = inverse_cdf(logprobs_RV.exp(), uniforms.to(logprobs_RV.device))
-        alt.token_ids[start : start + num_rows] = ids.cpu().numpy()
-        alt.logprobs[start : start + num_rows] = logprobs_RV.gather(1, ids).cpu().numpy()
 
     def _uniforms(self) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
         """[P - 1, K], all at once: a row's draws do not depend on how the prefill is chunked."""

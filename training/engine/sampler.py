@@ -1,59 +1,58 @@
 """Continuous batching: many requests, prompts and adapters in one forward pass.
 
-Synchronous, for the thread that owns the device. Each ``step`` admits waiting sequences, plans,
-runs one forward pass, and absorbs what it gave; between two steps the caller may train.
+Synchronous, for the thread that owns the device. Each ``step`` gives running sequences the blocks
+they need, lets waiting ones start, plans, runs one forward pass, and absorbs what it gave; between
+two steps the caller may train.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from training.backends.base import Int32Array, SampleRequest, SampleResult, StopReason, TopK
+from training.backends.base import SampleRequest, SampleResult, StopReason, TopK
 from training.config import EngineConfig
 from training.core.errors import UserError
-from training.engine.adapter import Adapter
-from training.engine.adapter_files import load_adapter
-from training.engine.kv_cache import ExtentPool, KvCache, extent_size
-from training.engine.model import Segment, Transformer
-from training.engine.prefix_cache import Entry, Match, PrefixCache, common_prefix
+from training.engine.adapter import Adapter, Segment
+from training.engine.adapter_files import read_adapter
+from training.engine.decoder import BLOCK_TOKENS, Chunk, Decoder
+from training.engine.prefix_cache import Match, common_prefix
 from training.engine.prompt_scores import PromptScores
-from training.engine.sampler_adapters import AdapterStore, Snapshot
-from training.engine.sampler_attention import Chunk, StepAttention
-from training.engine.sampler_plan import Work, plan_step
+from training.engine.sampler_adapters import BASE_VERSION, AdapterStore, Snapshot
+from training.engine.sampler_blocks import SequenceBlocks
+from training.engine.sampler_line import WaitingLine
+from training.engine.sampler_plan import Work, choose_victim, choose_yielder, plan_step
 from training.engine.sampler_state import Job, Sequence, check_request
-from training.engine.sampling import draw, scaled_logprobs, top_logprobs
+from training.engine.sampling import Cuts
+from training.engine.vocabulary import choose_vocabulary
 
 MAX_TOPK = 20
-INVARIANT_ROWS = range(48, 257)
-"""Numbers of rows for which a bfloat16 product on the CPU gives each row the same bits, measured
-with oneDNN on AMX: 33 to 256 with one and two threads."""
 Outcome = tuple[str, SampleResult | Exception]
+NOT_FINITE = "the weights gave logits that are not finite"
 
 
 class Sampler:
     """``SampleRequest`` in, ``SampleResult`` or the request's exception out.
 
-    A request either fits the cache alone, or is refused at once; sequences are admitted first come
-    first served and own their cells to the end: none can wait for ever.
+    A request either fits the cache alone, or is refused at once. Sequences take blocks as they
+    grow; when there are none left one gives way, keeps its tokens and its random stream, and goes
+    on later. Each step brings somebody a token and none is ever lost, so all end.
     """
 
-    def __init__(
-        self, model: Transformer, engine_config: EngineConfig, tokenizer_path: Path
-    ) -> None:
-        self._model = model
+    def __init__(self, decoder: Decoder, engine_config: EngineConfig, tokenizer_path: Path) -> None:
+        self._decoder = decoder
         self._config = engine_config
         self._tokenizer: Tokenizer = Tokenizer.from_file(str(tokenizer_path))
-        self._pool = ExtentPool(engine_config.kv_cache_tokens)
-        self._cache = KvCache(model.config, self._pool.num_tokens, model.device, model.dtype)
-        self._adapters = AdapterStore(self._load_adapter, engine_config.max_sampling_adapters)
-        self._prefixes = PrefixCache()
-        self._is_invariant = engine_config.batch_invariant and model.device.type == "cpu"
+        self._cache = decoder.new_cache(max(engine_config.kv_cache_tokens // BLOCK_TOKENS, 1))
+        self._blocks = SequenceBlocks(self._cache)
+        self._vocabulary = choose_vocabulary(decoder.device)
+        self._adapters = AdapterStore(self._load_adapter, engine_config.sampling_adapter_bytes)
+        self._line = WaitingLine()
         self._jobs: dict[str, Job] = {}
-        self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._outcomes: list[Outcome] = []
         self._num_submitted = 0
@@ -68,12 +67,12 @@ class Sampler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return sum(len(job.waiting) for job in self._jobs.values())
 
     @property
     def max_sequence_tokens(self) -> int:
         """The longest prompt with its continuation that the model and the cache hold."""
-        return min(self._model.config.context_length, self._pool.largest_extent)
+        return min(self._decoder.config.context_length, self._blocks.num_tokens)
 
     def publish(self, snapshot_id: str, directory: Path) -> None:
         """Later requests for the id use the adapter in ``directory``."""
@@ -85,7 +84,7 @@ class Sampler:
 
     def submit(self, request: SampleRequest) -> None:
         """Raises ``UserError`` for what can be seen at once; else ``step`` answers some day."""
-        config = self._model.config
+        config = self._decoder.config
         check_request(request, config, MAX_TOPK)
         if request.request_id in self._jobs:
             raise UserError(f"request {request.request_id!r} is already running")
@@ -95,20 +94,22 @@ class Sampler:
             request,
             self._num_submitted,
             snapshot,
+            self._line.tenant(snapshot.version if snapshot else BASE_VERSION),
             min(request.max_tokens, room),
-            PromptScores(request),
+            PromptScores(request, self._vocabulary),
         )
-        if extent_size(job.num_cells) > self._pool.largest_extent:
+        if job.num_cells > self._blocks.num_tokens:
             raise UserError(
                 f"prompt and max_tokens need {job.num_cells} cache tokens, "
-                f"this server has {self._pool.largest_extent} per sequence (kv_cache_tokens)"
+                f"this server has {self._blocks.num_tokens} (kv_cache_tokens)"
             )
         num_sequences = request.num_samples if job.max_new_tokens else 1
         tokenizer = self._tokenizer if request.stop_strings else None
         job.sequences = [Sequence(job, index, tokenizer) for index in range(num_sequences)]
+        job.waiting.extend(job.sequences)
         self._num_submitted += 1
         self._jobs[request.request_id] = job
-        self._waiting.extend(job.sequences)
+        self._line.add(job)
 
     def cancel(self, request_id: str) -> None:
         """The next ``step`` answers the request with ``UserError``; unknown ids pass."""
@@ -118,15 +119,14 @@ class Sampler:
 
     def drop_prefixes(self) -> None:
         """Empties the prefix cache, for measurements."""
-        while (extent := self._prefixes.evict()) is not None:
-            self._pool.free(extent)
+        self._blocks.forget_all()
 
     @torch.inference_mode()
     def step(self) -> list[Outcome]:
         """One forward pass at most; returns the requests that ended."""
+        self._grow()
         self._admit()
-        max_rows = INVARIANT_ROWS[-1] if self._is_invariant else None
-        works = plan_step(self._running, self._config.prefill_chunk_tokens, max_rows)
+        works = plan_step(self._running, self._config.prefill_chunk_tokens)
         if works:
             self._absorb(works, self._forward(works))
         self._retire_finished()
@@ -134,167 +134,185 @@ class Sampler:
         return outcomes
 
     def check_integrity(self) -> None:
-        """Raises ``RuntimeError`` if cache cells are lost or owned twice."""
-        owned = [each.extent for each in self._running if each.extent is not None]
-        expected = set(owned) | self._prefixes.extents
-        if len(expected) != len(owned) + len(self._prefixes.extents):
-            raise RuntimeError("an extent has two owners")
-        self._pool.check_integrity(expected)
-        known = {id(each) for job in self._jobs.values() for each in job.sequences}
-        if any(id(each) not in known for each in self._running + self._waiting):
+        """Raises ``RuntimeError`` if blocks or sequences are lost or counted wrongly."""
+        self._blocks.check_integrity(self._running)
+        known = [each for job in self._jobs.values() for each in job.sequences]
+        if set(self._running) != {each for each in known if each.is_running}:
             raise RuntimeError("a sequence outlived its request")
+        for job in self._jobs.values():
+            states = [each.is_running + (each.finished is not None) for each in job.sequences]
+            if sum(states) + len(job.waiting) != len(states) or max(states) > 1:
+                raise RuntimeError("a sequence is in two places or in none")
+            if job.num_running != sum(each.is_running for each in job.sequences):
+                raise RuntimeError("running sequences are counted wrongly")
 
-    # ------------------------------------------------------------------ admission
+    # ------------------------------------------------------------------ who runs
+
+    def _grow(self) -> None:
+        for sequence in list(self._running):
+            while sequence.is_running and self._blocks.needs_block(sequence):
+                if not self._blocks.grow(sequence):
+                    self._give_way(choose_victim(self._running))
 
     def _admit(self) -> None:
-        """First come first served: nobody overtakes a sequence that waits for cells. The other
-        samples of a prompt wait until the first one has passed over it, and copy its cells."""
-        deferred: list[Sequence] = []
-        while self._waiting and len(self._running) < self._config.max_running_sequences:
-            sequence = self._waiting.pop(0)
-            if not self._is_alive(sequence.job):
-                continue  # the adapter could not be loaded for another sequence of the request
-            if not sequence.is_lead and not sequence.job.is_prefilled:
-                deferred.append(sequence)
-            elif not self._start(sequence):
-                deferred.append(sequence)
-                break
-        self._waiting = [each for each in deferred if self._is_alive(each.job)] + self._waiting
+        """In the order of the line. Nobody overtakes the first for want of blocks, so that a long
+        prompt cannot wait for ever behind short ones."""
+        while (sequence := self._line.next()) is not None:
+            has_room = len(self._running) < self._config.max_running_sequences
+            if has_room and not self._load(sequence.job):
+                continue
+            if has_room:
+                sequence.refresh_context()
+                match = self._blocks.find(sequence)
+                if self._is_being_computed(sequence, match):
+                    self._line.defer(sequence.job)
+                    continue
+                has_room = self._start(sequence, match)
+            if not has_room:
+                yielder = choose_yielder(self._running, sequence)
+                if yielder is None:
+                    return
+                self._give_way(yielder)
 
-    def _is_alive(self, job: Job) -> bool:
-        return self._jobs.get(job.request.request_id) is job
-
-    def _start(self, sequence: Sequence) -> bool:
-        """Gives the sequence cells; False where none are free now. A request whose adapter cannot
-        be loaded fails here."""
-        job = sequence.job
-        if job.snapshot is not None and job.adapter is None and not self._load(job):
-            return True
-        if not self._make_room(job.num_cells):
+    def _start(self, sequence: Sequence, match: Match) -> bool:
+        """False where it would leave running sequences no block each to grow into."""
+        if not self._blocks.start(sequence, match, num_reserved=len(self._running)):
             return False
-        sequence.extent = self._pool.allocate(job.num_cells)
-        match = self._find_prefix(sequence)
-        if match is not None:
-            self._cache.copy_prefix(match.start, sequence.extent.start, match.num_tokens)
-            sequence.num_computed = match.num_tokens
-        if sequence.is_lead:
-            job.prompt_cache_hit_tokens = sequence.num_computed
-        self._running.append(sequence)
-        return True
-
-    def _find_prefix(self, sequence: Sequence) -> Match | None:
-        """Cells to copy. The last row is always computed, it gives the next token; so is every
-        row that the prompt is scored at."""
         job = sequence.job
-        limit = sequence.num_wanted - 1
-        if not job.is_prefilled and job.scores.first_row is not None:
-            limit = min(limit, job.scores.first_row)
-        tokens = sequence.tokens[: max(limit, 0)]
-        best = self._prefixes.find(job.version, tokens)
-        for other in self._running:
-            if other.job.version == job.version and other.extent is not None:
-                num_tokens = common_prefix(other.computed_tokens, tokens)
-                if num_tokens > (best.num_tokens if best else 0):
-                    best = Match(other.extent.start, num_tokens)
-        return best
-
-    def _make_room(self, num_tokens: int) -> bool:
-        while not self._pool.can_allocate(num_tokens):
-            extent = self._prefixes.evict()
-            if extent is None:
-                return False
-            self._pool.free(extent)
+        if job.prompt_cache_hit_tokens is None:
+            job.prompt_cache_hit_tokens = match.num_tokens
+        sequence.is_running = True
+        self._running.append(sequence)
+        self._line.start(sequence)
         return True
+
+    def _is_being_computed(self, sequence: Sequence, match: Match) -> bool:
+        """Whether a running prompt will soon offer at least a block more than is cached."""
+        wanted = match.num_tokens + BLOCK_TOKENS
+        reusable = sequence.context[: sequence.num_reusable]
+        return len(reusable) >= wanted and any(
+            common_prefix(other.context, reusable) >= wanted
+            for other in self._running
+            if other.num_missing > 1 and other.version == sequence.version
+        )
+
+    def _give_way(self, sequence: Sequence) -> None:
+        """What it has computed stays where it is until somebody needs the blocks."""
+        self._keep(sequence)
+        self._stop(sequence)
+        self._line.give_way(sequence)
+
+    def _stop(self, sequence: Sequence) -> None:
+        """It runs no more and owns nothing."""
+        self._running.remove(sequence)
+        sequence.is_running = False
+        self._blocks.release(sequence)
+        self._line.recall()
+
+    def _keep(self, sequence: Sequence) -> None:
+        """Later prompts may share what it has computed, if they can use these weights at all."""
+        if self._adapters.is_published(sequence.job.snapshot):
+            self._blocks.keep(sequence)
 
     # ------------------------------------------------------------------ run
 
     def _forward(self, works: list[Work]) -> torch.Tensor:
         """Hidden states [T, H] of the works' rows, packed in their order."""
-        tokens: list[Int32Array] = []
-        positions: list[int] = []
+        tokens: list[int] = []
         chunks: list[Chunk] = []
         for sequence, num_rows in works:
-            start, stop = sequence.num_computed, sequence.num_computed + num_rows
-            tokens.append(sequence.tokens[start:stop])
-            positions += range(start, stop)
-            assert sequence.extent is not None
-            chunks.append(Chunk(sequence.extent, start, num_rows))
-        model = self._model
-        num_padding = self._num_padding(len(positions))
-        tokens.append(np.zeros(num_padding, np.int32))
-        positions += [0] * num_padding
-        attention = StepAttention(model.config, self._cache, chunks, model.device)
-        return model.hidden(
-            torch.from_numpy(np.concatenate(tokens)).to(model.device),
-            torch.tensor(positions, device=model.device),
-            _segments([(work.sequence.job, work.num_rows) for work in works]),
-            attention,
+            tokens += sequence.next_tokens(num_rows)
+            chunks.append(Chunk(sequence.table, sequence.num_computed, num_rows))
+        return self._decoder.sampling_pass(
+            self._cache, np.array(tokens, np.int32), chunks, _segments(works)
         )
-
-    def _logits(self, hidden_BH: torch.Tensor, parts: list[tuple[Job, int]]) -> torch.Tensor:
-        """Logits [B, V] of ``parts`` (job, number of rows)."""
-        num_rows = len(hidden_BH)
-        if num_padding := self._num_padding(num_rows):
-            hidden_BH = torch.cat([hidden_BH, hidden_BH[:1].expand(num_padding, -1)])
-        return self._model.logits(hidden_BH, _segments(parts))[:num_rows]
-
-    def _num_padding(self, num_rows: int) -> int:
-        return max(INVARIANT_ROWS[0] - num_rows, 0) if self._is_invariant else 0
 
     # ------------------------------------------------------------------ absorb
 
     def _absorb(self, works: list[Work], hidden_TH: torch.Tensor) -> None:
+        if any(work.sequence.is_prefilling for work in works):
+            self._absorb_prompts(works, hidden_TH)
         sampling: list[Sequence] = []
         last_rows: list[int] = []
         row = 0
         for sequence, num_rows in works:
-            job = sequence.job
-            if sequence.is_lead and not job.is_prefilled:
-                self._score(sequence, hidden_TH[row : row + num_rows])
-            sequence.num_computed += num_rows
             row += num_rows
-            if sequence.num_missing == 0:
-                job.is_prefilled = True
-            if sequence.samples_next:
+            if not sequence.is_running:
+                continue
+            is_prompt = sequence.is_prefilling
+            sequence.num_computed += num_rows
+            if sequence.num_missing:
+                continue
+            if is_prompt:
+                self._prefilled(sequence)
+            if sequence.samples:
                 sampling.append(sequence)
                 last_rows.append(row - 1)
-        if sampling:
-            rows = torch.tensor(last_rows, device=hidden_TH.device)
-            self._sample(sampling, hidden_TH[rows])
+        if len(sampling) == len(hidden_TH):
+            self._sample(sampling, hidden_TH)
+        elif sampling:
+            self._sample(sampling, hidden_TH[torch.tensor(last_rows, device=hidden_TH.device)])
+
+    def _absorb_prompts(self, works: list[Work], hidden_TH: torch.Tensor) -> None:
+        """Scores prompts, and ends requests whose keys and values may be NaN. In a step that only
+        decodes, the logprobs of the tokens show that."""
+        all_finite = bool(torch.isfinite(hidden_TH).all())
+        row = 0
+        for sequence, num_rows in works:
+            rows_RH = hidden_TH[row : row + num_rows]
+            row += num_rows
+            job = sequence.job
+            if not sequence.is_running:
+                continue
+            if not all_finite and not bool(torch.isfinite(rows_RH).all()):
+                self._fail(job, UserError(NOT_FINITE), is_damaged=True)
+            elif not job.is_prefilled and job.scores.first_row is not None:
+                self._score(sequence, rows_RH)
 
     def _score(self, sequence: Sequence, hidden_RH: torch.Tensor) -> None:
         def logits(rows_RH: torch.Tensor) -> torch.Tensor:
-            return self._logits(rows_RH, [(sequence.job, len(rows_RH))])
+            segments = [Segment(sequence.job.adapter, 0, len(rows_RH))]
+            return self._decoder.logits(rows_RH, segments)
 
         sequence.job.scores.absorb(sequence.num_computed, hidden_RH, logits)
 
-    def _sample(self, sequences: list[Sequence], hidden_BH: torch.Tensor) -> None:
-        logits_BV = self._logits(hidden_BH, [(sequence.job, 1) for sequence in sequences])
-        cuts = [sequence.cut for sequence in sequences]
-        logprobs_BV = scaled_logprobs(logits_BV, [cut.temperature for cut in cuts])
-        tokens_B = draw(logprobs_BV, cuts, [sequence.next_uniform() for sequence in sequences])
-        chosen_B = logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
-        best = self._best(sequences, logprobs_BV)
-        for sequence, token, logprob in zip(
-            sequences, tokens_B.tolist(), chosen_B.tolist(), strict=True
-        ):
-            if not np.isfinite(logprob):
-                self._fail(sequence.job, UserError("the weights gave logits that are not finite"))
-                continue
-            sequence.is_proved_finite = True
-            sequence.append(token, logprob, best.get(id(sequence)))
+    def _prefilled(self, sequence: Sequence) -> None:
+        job = sequence.job
+        self._keep(sequence)
+        if not job.is_prefilled:
+            job.is_prefilled = True
+            self._line.prefilled(job)
+        self._line.recall()
 
-    def _best(self, sequences: list[Sequence], logprobs_BV: torch.Tensor) -> dict[int, TopK]:
-        """Most probable tokens of the rows that ask for them, by the sequence's ``id``."""
-        best: dict[int, TopK] = {}
-        counts = [sequence.job.request.topk_sample_logprobs for sequence in sequences]
+    def _sample(self, sequences: list[Sequence], hidden_RH: torch.Tensor) -> None:
+        works = [Work(sequence, 1) for sequence in sequences]
+        logits_RV = self._decoder.logits(hidden_RH, _segments(works))
+        cuts = Cuts.of([sequence.cut for sequence in sequences])
+        uniforms_R = np.array([sequence.next_uniform() for sequence in sequences])
+        drawn = self._vocabulary.sample(logits_RV, cuts, uniforms_R)
+        best = self._best(sequences, logits_RV, cuts)
+        all_finite = bool(np.isfinite(drawn.logprobs).all())
+        for row, (sequence, token, logprob) in enumerate(
+            zip(sequences, drawn.tokens.tolist(), drawn.logprobs.tolist(), strict=True)
+        ):
+            if all_finite or np.isfinite(logprob):
+                sequence.append(token, logprob, best.get(row))
+            else:
+                self._fail(sequence.job, UserError(NOT_FINITE), is_damaged=True)
+
+    def _best(
+        self, sequences: list[Sequence], logits_RV: torch.Tensor, cuts: Cuts
+    ) -> dict[int, TopK]:
+        """Most probable tokens of the rows that ask for them."""
+        counts = [sequence.topk for sequence in sequences]
         rows = [row for row, k in enumerate(counts) if k > 0]
-        if rows:
-            top = top_logprobs(logprobs_BV[rows], max(counts))
-            for place, row in enumerate(rows):
-                k = counts[row]
-                best[id(sequences[row])] = TopK(top.token_ids[place, :k], top.logprobs[place, :k])
-        return best
+        if not rows:
+            return {}
+        top = self._vocabulary.top(logits_RV[rows], cuts.temperatures[rows], max(counts))
+        return {
+            row: TopK(top.token_ids[place, : counts[row]], top.logprobs[place, : counts[row]])
+            for place, row in enumerate(rows)
+        }
 
     # ------------------------------------------------------------------ ends
 
@@ -303,58 +321,46 @@ class Sampler:
             job = sequence.job
             if job.max_new_tokens == 0 and sequence.num_missing == 0:
                 sequence.finish(StopReason.LENGTH)
-            if sequence.finished is None or not self._is_alive(job):
+            if sequence.finished is None or not sequence.is_running:
                 continue
             if sequence.is_lead and not job.scores.are_finite:
-                self._fail(job, UserError("the weights gave logits that are not finite"))
+                self._fail(job, UserError(NOT_FINITE), is_damaged=True)
                 continue
-            sequence.is_proved_finite |= job.scores.first_row is not None
-            self._running.remove(sequence)
-            self._release(sequence)
+            self._keep(sequence)
+            self._stop(sequence)
+            self._line.end(sequence)
             if job.is_done:
                 del self._jobs[job.request.request_id]
                 self._outcomes.append((job.request.request_id, job.result()))
 
-    def _fail(self, job: Job, error: Exception) -> None:
-        if not self._is_alive(job):
+    def _fail(self, job: Job, error: Exception, is_damaged: bool = False) -> None:
+        """``is_damaged``: the sequences' keys and values may be NaN."""
+        if self._jobs.get(job.request.request_id) is not job:
             return  # another of its sequences failed in the same step
         del self._jobs[job.request.request_id]
-        self._waiting = [each for each in self._waiting if each.job is not job]
+        self._line.remove(job)
         for sequence in [each for each in self._running if each.job is job]:
-            self._running.remove(sequence)
-            self._release(sequence)
+            if is_damaged:
+                self._blocks.wipe(sequence)
+            else:
+                self._keep(sequence)
+            self._stop(sequence)
+            self._line.end(sequence)
         self._outcomes.append((job.request.request_id, error))
-
-    def _release(self, sequence: Sequence) -> None:
-        """Keeps the cells for later prompts, if they are known to be good and still of use."""
-        extent, sequence.extent = sequence.extent, None
-        assert extent is not None
-        if not sequence.is_proved_finite:
-            self._cache.clear(extent)
-            self._pool.free(extent)
-            return
-        if not self._adapters.is_published(sequence.job.snapshot):
-            self._pool.free(extent)
-            return
-        extent = self._pool.shrink(extent, sequence.num_computed)
-        entry = Entry(sequence.job.version, sequence.computed_tokens, extent)
-        surplus = self._prefixes.put(entry)
-        if surplus is not None:
-            self._pool.free(surplus)
 
     def _forget(self, snapshot: Snapshot | None) -> None:
         """Loads a snapshot that requests still wait for, and drops its cached prefixes."""
         if snapshot is None:
             return
         for job in list(self._jobs.values()):
-            if job.snapshot == snapshot and job.adapter is None:
+            if job.snapshot == snapshot:
                 self._load(job)
-        for extent in self._prefixes.drop(snapshot.version):
-            self._pool.free(extent)
+        self._blocks.forget(snapshot.version)
 
     def _load(self, job: Job) -> bool:
         """False where the adapter cannot be read: the request has failed."""
-        assert job.snapshot is not None
+        if job.snapshot is None or job.adapter is not None:
+            return True
         try:
             job.adapter = self._adapters.adapter(job.snapshot)
         except UserError as error:
@@ -363,20 +369,21 @@ class Sampler:
         return True
 
     def _load_adapter(self, directory: Path) -> Adapter:
-        model = self._model
-        return load_adapter(directory, model.config, model.device, model.dtype)
+        layout, weights = read_adapter(directory, self._decoder.config)
+        return self._decoder.new_adapter(layout, weights, trainable=False)
 
 
-def _segments(parts: list[tuple[Job, int]]) -> list[Segment]:
-    """One segment per adapter of neighbouring (job, number of rows)."""
+def _segments(works: Iterable[Work]) -> list[Segment]:
+    """One segment per adapter of neighbouring works."""
     segments: list[Segment] = []
     version: int | None = None
-    row = 0
-    for job, num_rows in parts:
-        if version == job.version:
-            segments[-1] = segments[-1]._replace(stop=row + num_rows)
-        else:
-            segments.append(Segment(job.adapter, row, row + num_rows))
-            version = job.version
+    start = row = 0
+    adapter: Adapter | None = None
+    for sequence, num_rows in works:
+        if version is not None and version != sequence.version:
+            segments.append(Segment(adapter, start, row))
+            start = row
+        version, adapter = sequence.version, sequence.job.adapter
         row += num_rows
+    segments.append(Segment(adapter, start, row))
     return segments

@@ -26,15 +26,16 @@ BASE_VERSION = 0
 
 
 class AdapterStore:
-    """Loads snapshots at first use and keeps the ``capacity`` last used ones.
+    """Loads snapshots at first use and keeps those last used, up to ``capacity_bytes``.
 
     One that is evicted while requests run on it stays alive through them, and is never loaded a
     second time meanwhile.
     """
 
-    def __init__(self, load: Callable[[Path], Adapter], capacity: int) -> None:
+    def __init__(self, load: Callable[[Path], Adapter], capacity_bytes: int) -> None:
         self._load = load
-        self._capacity = capacity
+        self._capacity_bytes = capacity_bytes
+        self._num_bytes = 0
         self._published: dict[str, Snapshot] = {}
         self._recent: OrderedDict[int, Adapter] = OrderedDict()
         self._alive: WeakValueDictionary[int, Adapter] = WeakValueDictionary()
@@ -51,7 +52,7 @@ class AdapterStore:
         """Forgets the id, if known; returns what it stood for."""
         snapshot = self._published.pop(snapshot_id, None)
         if snapshot is not None:
-            self._recent.pop(snapshot.version, None)
+            self._drop(snapshot.version)
         return snapshot
 
     def find(self, snapshot_id: str) -> Snapshot:
@@ -72,12 +73,18 @@ class AdapterStore:
             adapter = self._load(snapshot.directory)
             self._alive[snapshot.version] = adapter
         if self.is_published(snapshot):
+            self._drop(snapshot.version)
             self._recent[snapshot.version] = adapter
-            self._recent.move_to_end(snapshot.version)
-            if len(self._recent) > self._capacity:
-                self._recent.popitem(last=False)
+            self._num_bytes += adapter.num_bytes
+            while self._num_bytes > self._capacity_bytes:
+                self._drop(next(iter(self._recent)))
         return adapter
 
     @property
     def num_cached(self) -> int:
         return len(self._recent)
+
+    def _drop(self, version: int) -> None:
+        adapter = self._recent.pop(version, None)
+        if adapter is not None:
+            self._num_bytes -= adapter.num_bytes

@@ -1,8 +1,10 @@
-"""Which rows one sampler step computes: a pure function of the running sequences."""
+"""Which rows one sampler step computes, and who gives way: pure functions of the running
+sequences."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
 from training.engine.sampler_state import Sequence
@@ -15,31 +17,65 @@ class Work(NamedTuple):
     num_rows: int
 
 
-def plan_step(
-    running: Iterable[Sequence], prefill_rows: int, max_rows: int | None = None
-) -> list[Work]:
-    """Every sequence that misses one row gets it; the others share ``prefill_rows``, first come
-    first served; all together at most ``max_rows``. So decoding never waits for a prompt, and a
-    step stays short.
+def plan_step(running: Iterable[Sequence], prefill_rows: int) -> list[Work]:
+    """Every sequence that misses one row gets it: decoding never waits for a prompt. The others
+    share ``prefill_rows``: the oldest may take half of them, so that it cannot starve; the rest
+    goes to those that miss fewest, so that a short prompt does not wait for a long one.
 
-    The result is packed for the model: sequences of one adapter side by side, inside it in the
-    order of their cache extents, as attention reads them.
+    The result is packed for the model: sequences of one adapter side by side.
     """
-    ordered = sorted(running, key=lambda each: each.order)
-    works = [Work(sequence, 1) for sequence in ordered if sequence.num_missing == 1]
-    if max_rows is not None:
-        works = works[:max_rows]
-        prefill_rows = min(prefill_rows, max_rows - len(works))
-    for sequence in ordered:
-        num_rows = min(sequence.num_missing, prefill_rows)
-        if sequence.num_missing > 1 and num_rows > 0:
-            works.append(Work(sequence, num_rows))
-            prefill_rows -= num_rows
-    return sorted(works, key=_packing)
+    works: list[Work] = []
+    prompts: list[Sequence] = []
+    for sequence in running:
+        num_missing = sequence.num_wanted - sequence.num_computed
+        if num_missing == 1:
+            works.append(Work(sequence, 1))
+        elif num_missing > 1:
+            prompts.append(sequence)
+    if prompts:
+        works += _share_prefill(prompts, prefill_rows)
+    works.sort(key=_packing)
+    return works
 
 
-def _packing(work: Work) -> tuple[int, bool, int, int]:
-    extent = work.sequence.extent
-    if extent is None:
-        raise RuntimeError("a running sequence has no cache extent")
-    return (work.sequence.job.version, work.num_rows > 1, extent.size, extent.start)
+def _share_prefill(prompts: SequenceOf[Sequence], num_rows: int) -> list[Work]:
+    oldest = min(prompts, key=lambda each: each.order)
+    reserved = min(oldest.num_missing, -(-num_rows // 2))
+    num_rows -= reserved
+    works: list[Work] = []
+    for sequence in sorted(prompts, key=lambda each: (each.num_missing, each.order)):
+        share = reserved if sequence is oldest else 0
+        more = min(sequence.num_missing - share, num_rows)
+        num_rows -= more
+        if share + more:
+            works.append(Work(sequence, share + more))
+    return works
+
+
+def _packing(work: Work) -> tuple[int, bool, tuple[int, int]]:
+    return (work.sequence.version, work.num_rows > 1, work.sequence.order)
+
+
+def choose_victim(running: Iterable[Sequence]) -> Sequence:
+    """Who gives its blocks back when there are none left: the youngest sequence of the request
+    with most running, of the snapshot with most running. The oldest sequence of all is chosen only
+    when it is alone, and alone it fits."""
+    return max(running, key=_weight)
+
+
+def choose_yielder(running: Iterable[Sequence], waiting: Sequence) -> Sequence | None:
+    """Who makes room for ``waiting`` although it could go on: where a snapshot has nothing running,
+    a sequence of one that has several; where a request has nothing running, one of a request of
+    the same snapshot that has several. Later turns even out the rest."""
+    job, tenant = waiting.job, waiting.tenant
+    if tenant.num_running == 0:
+        eligible = [each for each in running if each.tenant.num_running > 1]
+    elif job.num_running == 0:
+        eligible = [each for each in running if each.tenant is tenant and each.job.num_running > 1]
+    else:
+        return None
+    return max(eligible, key=_weight, default=None)
+
+
+def _weight(sequence: Sequence) -> tuple[int, int, tuple[int, int]]:
+    return (sequence.tenant.num_running, sequence.job.num_running, sequence.order)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from collections import deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
@@ -18,38 +20,52 @@ from training.backends.base import (
 )
 from training.core.errors import UserError
 from training.engine.adapter import Adapter
-from training.engine.kv_cache import Extent
 from training.engine.projections import ModelShape
 from training.engine.prompt_scores import PromptScores, uniform_stream
-from training.engine.sampler_adapters import BASE_VERSION, Snapshot
+from training.engine.sampler_adapters import Snapshot
 from training.engine.sampling import Cut
 from training.engine.stop import StopStrings
+from training.engine.turns import Turns
 
 MIN_TEMPERATURE = 1e-4
 """Below it float32 logits overflow; 0 is greedy."""
 
 
 @dataclass(eq=False)
-class Job:
-    """A request from submission to result. ``order`` is its place in the line.
+class Tenant:
+    """Everybody who samples from one ``version`` of the weights. ``jobs`` are those with waiting
+    sequences."""
 
-    ``is_prefilled``: some sequence has passed over the whole prompt, so that the others can copy
-    it and the prompt is scored.
+    version: int
+    num_running: int = 0
+    jobs: Turns[Job] = field(default_factory=lambda: Turns[Job]())
+
+
+@dataclass(eq=False)
+class Job:
+    """A request from submission to result. ``order`` is its place in the order of arrival.
+
+    ``is_prefilled``: some sequence has passed over the whole prompt, so that the others can share
+    its blocks and the prompt is scored. ``is_deferred``: it waits for another request's prompt.
     """
 
     request: SampleRequest
     order: int
     snapshot: Snapshot | None
+    tenant: Tenant
     max_new_tokens: int
     scores: PromptScores
     adapter: Adapter | None = None
     is_prefilled: bool = False
-    prompt_cache_hit_tokens: int = 0
+    is_deferred: bool = False
+    num_running: int = 0
+    prompt_cache_hit_tokens: int | None = None
+    waiting: deque[Sequence] = field(default_factory=deque)
     sequences: list[Sequence] = field(default_factory=list)
 
     @property
     def version(self) -> int:
-        return self.snapshot.version if self.snapshot else BASE_VERSION
+        return self.tenant.version
 
     @property
     def num_cells(self) -> int:
@@ -58,8 +74,7 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        """All sequences ended and gave their cells back."""
-        return all(each.finished is not None and each.extent is None for each in self.sequences)
+        return all(each.finished is not None and not each.is_running for each in self.sequences)
 
     def result(self) -> SampleResult:
         scores = self.scores
@@ -72,27 +87,37 @@ class Job:
             topk_prompt=scores.topk,
             target_prompt_logprobs=scores.targets,
             prompt_alt=scores.alternatives,
-            prompt_cache_hit_tokens=self.prompt_cache_hit_tokens,
+            prompt_cache_hit_tokens=self.prompt_cache_hit_tokens or 0,
         )
 
 
 class Sequence:
-    """One continuation. Keys and values of its first ``num_computed`` tokens lie in ``extent``
-    (None while it waits)."""
+    """One continuation. Keys and values of its first ``num_computed`` tokens lie in ``blocks``.
+
+    ``num_wanted`` are the tokens whose keys and values are wanted now; the last one's row gives
+    the next token. A request that only scores needs no prediction after its last prompt token.
+    """
 
     def __init__(self, job: Job, index: int, tokenizer: Tokenizer | None) -> None:
         request = job.request
         self.job = job
+        self.tenant = job.tenant
+        self.version = job.version
         self.index = index
-        self.num_prompt_tokens = len(request.prompt)
-        self._buffer = request.prompt
-        self._num_tokens = len(request.prompt)
-        self.extent: Extent | None = None
-        self.num_computed = 0
-        self.is_proved_finite = False
-        self.finished: SampledSequence | None = None
+        self.order = (job.order, index)
+        self.samples = job.max_new_tokens > 0
+        self.topk = request.topk_sample_logprobs
         self.cut = Cut(request.temperature, request.top_k, request.top_p)
-        self._logprobs: list[float] = []
+        self.num_prompt_tokens = len(request.prompt)
+        self.num_wanted = len(request.prompt) - (1 if job.max_new_tokens == 0 else 0)
+        self.num_computed = 0
+        self.blocks: list[int] = []
+        self.table: Int32Array = np.zeros(0, np.int32)
+        self.context = request.prompt
+        self.is_running = False
+        self.finished: SampledSequence | None = None
+        self._sampled = array("i")
+        self._logprobs = array("f")
         self._topk: list[TopK] = []
         self._stop_ids = frozenset(request.stop_token_ids)
         self._stop_strings = (
@@ -100,7 +125,7 @@ class Sequence:
             if tokenizer is not None and request.stop_strings
             else None
         )
-        self._uniforms = uniform_stream(request.seed, index)
+        self._uniforms: np.random.Generator | None = None
 
     @property
     def is_lead(self) -> bool:
@@ -108,44 +133,52 @@ class Sequence:
         return self.index == 0
 
     @property
-    def order(self) -> tuple[int, int]:
-        return (self.job.order, self.index)
-
-    @property
     def tokens(self) -> Int32Array:
-        """Prompt and what was sampled, int32; a view."""
-        return self._buffer[: self._num_tokens]
-
-    @property
-    def computed_tokens(self) -> Int32Array:
-        return self._buffer[: self.num_computed]
-
-    @property
-    def num_wanted(self) -> int:
-        """Tokens whose keys and values are wanted now; the last one's row gives the next token.
-
-        A request that only scores needs no prediction after its last prompt token.
-        """
-        return self._num_tokens - (1 if self.job.max_new_tokens == 0 else 0)
+        """Prompt and what was sampled; a copy."""
+        return np.concatenate([self.job.request.prompt, self._sampled_array()])
 
     @property
     def num_missing(self) -> int:
         return self.num_wanted - self.num_computed
 
     @property
-    def samples_next(self) -> bool:
-        return self.num_missing == 0 and self.job.max_new_tokens > 0
+    def is_prefilling(self) -> bool:
+        """Its next row is one of the context, not of a token just sampled."""
+        return self.num_computed < len(self.context)
+
+    @property
+    def num_reusable(self) -> int:
+        """Tokens of the context whose keys and values may be another's. The last row is always
+        computed, it gives the next token; so is every row that the prompt is scored at."""
+        first_row = self.job.scores.first_row
+        if self.job.is_prefilled or first_row is None:
+            return max(self.num_wanted - 1, 0)
+        return max(min(self.num_wanted - 1, first_row), 0)
+
+    def refresh_context(self) -> None:
+        """Before it starts to run: all its tokens so far are to be computed."""
+        if self._sampled:
+            self.context = self.tokens
+
+    def next_tokens(self, num_rows: int) -> list[int]:
+        """Those of the next rows to compute: of the context, or the last one sampled."""
+        start = self.num_computed
+        if start < len(self.context):
+            tokens: list[int] = self.context[start : start + num_rows].tolist()
+            return tokens
+        return [self._sampled[-1]]
 
     def next_uniform(self) -> float:
-        return float(self._uniforms.random())
+        """Its own stream goes on where it was, also after the sequence had to give way."""
+        if self._uniforms is None:
+            self._uniforms = uniform_stream(self.job.request.seed, self.index)
+        return self._uniforms.random()
 
     def append(self, token: int, logprob: float, topk: TopK | None) -> None:
         """Takes a sampled token; sets ``finished`` where it was the last one."""
-        if self._num_tokens == len(self._buffer):
-            self._buffer = np.concatenate([self._buffer, np.empty_like(self._buffer)])
-        self._buffer[self._num_tokens] = token
-        self._num_tokens += 1
+        self._sampled.append(token)
         self._logprobs.append(logprob)
+        self.num_wanted += 1
         if topk is not None:
             self._topk.append(topk)
         stops = token in self._stop_ids
@@ -153,19 +186,20 @@ class Sequence:
             stops |= self._stop_strings.push(token)
         if stops:
             self.finish(StopReason.STOP)
-        elif len(self._logprobs) == self.job.max_new_tokens:
+        elif len(self._sampled) == self.job.max_new_tokens:
             self.finish(StopReason.LENGTH)
 
     def finish(self, reason: StopReason) -> None:
-        topk = None
-        if self.job.request.topk_sample_logprobs:
-            topk = _stacked(self._topk, self.job.request.topk_sample_logprobs)
+        topk = _stacked(self._topk, self.topk) if self.topk else None
         self.finished = SampledSequence(
-            tokens=self.tokens[self.num_prompt_tokens :].copy(),
+            tokens=self._sampled_array(),
             logprobs=np.array(self._logprobs, np.float32),
             stop_reason=reason,
             topk=topk,
         )
+
+    def _sampled_array(self) -> Int32Array:
+        return np.array(self._sampled, np.int32)
 
 
 def _stacked(rows: SequenceOf[TopK], k: int) -> TopK:
