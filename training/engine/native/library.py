@@ -7,7 +7,7 @@ Structs hold addresses of tensors; whoever fills one in keeps the tensors alive.
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 
 import torch
@@ -129,6 +129,7 @@ class HeadRows(Structure):
     )
 
 
+_LOGITS = (c_void_p, c_int64, c_int32, c_int32)  # address, row stride, rows, vocab
 _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "tc_available": (c_int32, ()),
     "tc_num_threads": (c_int32, ()),
@@ -158,6 +159,12 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         c_int32,
         (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int32, c_void_p),
     ),
+    "tc_sample_rows": (None, (*_LOGITS, *(c_void_p,) * 6)),
+    "tc_draw_rows": (None, (*_LOGITS, c_void_p, c_void_p, c_int32, c_void_p, c_void_p)),
+    "tc_top_rows": (None, (*_LOGITS, c_void_p, c_int32, c_void_p, c_void_p)),
+    "tc_target_rows": (None, (*_LOGITS, c_void_p, c_int32, c_void_p, c_void_p)),
+    "tc_adamw_step": (None, (*(c_void_p,) * 4, c_int64, c_int64, *(c_double,) * 6)),
+    "tc_global_norm": (c_double, (c_void_p, c_int64)),
 }
 
 
