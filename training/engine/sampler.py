@@ -56,6 +56,8 @@ class Sampler:
         self._running: list[Sequence] = []
         self._outcomes: list[Outcome] = []
         self._num_submitted = 0
+        self.num_given_way = 0
+        """How often a running sequence made room for another."""
 
     @property
     def has_work(self) -> bool:
@@ -201,6 +203,7 @@ class Sampler:
         self._keep(sequence)
         self._stop(sequence)
         self._line.give_way(sequence)
+        self.num_given_way += 1
 
     def _stop(self, sequence: Sequence) -> None:
         """It runs no more and owns nothing."""
