@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.backends.conftest import local_config
 from tests.backends.harness import datum, op, request, unit
-from tests.backends.tiny import VOCAB_SIZE
+from tests.backends.tiny import VOCAB_SIZE, write_tiny_mixtral
 from training.backends.base import AdamParams, Datum, Float32Array, LoraSpec
 from training.backends.local import LocalBackend
 from training.config import ModelConfig
@@ -42,12 +42,22 @@ def peft_logprobs(model: Path, adapter: Path, data: list[Datum]) -> list[Float32
 async def test_exports_give_the_same_logprobs_in_peft(
     tiny_llama: Path, tmp_path: Path, groups: str
 ) -> None:
+    await assert_exports_equal_peft(tiny_llama, tmp_path, LoraSpec(4, 1, **GROUPS[groups]))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own
+async def test_a_model_that_runs_as_modules_of_transformers(tmp_path: Path) -> None:
+    model = write_tiny_mixtral(tmp_path / "model")
+    await assert_exports_equal_peft(model, tmp_path, LoraSpec(4, 1))
+
+
+async def assert_exports_equal_peft(model: Path, tmp_path: Path, spec: LoraSpec) -> None:
     """float32: the trainer and the sampler within 1e-4 of PEFT, after training visibly."""
-    backend = LocalBackend(ModelConfig(name="tests/tiny", path=tiny_llama), local_config())
+    backend = LocalBackend(ModelConfig(name="tests/tiny", path=model), local_config())
     await backend.start()
     try:
         data = [datum(VOCAB_SIZE, length, length) for length in (40, 3, 90)]
-        await backend.load_slot(0, LoraSpec(4, 1, **GROUPS[groups]))
+        await backend.load_slot(0, spec)
         before = await backend.forward(unit(op(0, *data)))
         for _ in range(3):
             await backend.forward_backward(unit(op(0, *data)))
@@ -61,7 +71,7 @@ async def test_exports_give_the_same_logprobs_in_peft(
         )
     finally:
         await backend.close()
-    expected = peft_logprobs(tiny_llama, tmp_path / "adapter", data)
+    expected = peft_logprobs(model, tmp_path / "adapter", data)
     for found, reference in zip(after[0].logprobs, expected, strict=True):
         np.testing.assert_allclose(found, reference, atol=1e-4)
     assert scored.prompt_logprobs is not None

@@ -1,4 +1,4 @@
-"""A tiny random Llama with a tokenizer, made with transformers, as a directory to serve."""
+"""Tiny random models with a tokenizer, made with transformers, as directories to serve."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 VOCAB_SIZE = 131
 CONTEXT_LENGTH = 512
@@ -40,6 +40,31 @@ def write_tiny_llama(
         pad_token_id=0,
     )
     LlamaForCausalLM(config).save_pretrained(directory)
+    return _write_tokenizer(directory, vocab_size, text_of)
+
+
+def write_tiny_mixtral(directory: Path) -> Path:
+    """A mixture of experts, which runs as modules of transformers; else as above."""
+    torch.manual_seed(7)
+    config = MixtralConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=CONTEXT_LENGTH,
+        initializer_range=0.15,
+        bos_token_id=1,
+        eos_token_id=EOS_TOKEN_ID,
+        pad_token_id=0,
+    )
+    MixtralForCausalLM(config).save_pretrained(directory)
+    return _write_tokenizer(directory, VOCAB_SIZE, "<{}>".format)
+
+
+def _write_tokenizer(directory: Path, vocab_size: int, text_of: Callable[[int], str]) -> Path:
     vocabulary = {text_of(token): token for token in range(vocab_size)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=text_of(0)))
     tokenizer.decoder = Fuse()

@@ -74,6 +74,8 @@ class ForeignDecoder:
             "modules of transformers, which is general but slower",
             type(decoder._model).__name__,
         )
+        if decoder.config.has_fused_experts:
+            _log.info("each of its experts gets LoRA matrices of its own, of the full rank")
         for part, reason in decoder.config.unadaptable.items():
             _log.warning("train_%s is refused for this model: %s", part, reason)
         return decoder

@@ -17,11 +17,11 @@ from transformers.pytorch_utils import Conv1D
 
 from training.core.errors import ConfigError
 from training.engine.projections import UNEMBED_LAYER, AdaptedGroup, Part, Projection
+from training.models.registry import CONTEXT_LENGTH_KEYS
 
 ATTENTION_NAMES = re.compile(r"attn|attention")
 MLP_NAMES = re.compile(r"mlp|feed_forward|ffn|(^|\.)fc_?\d|(^|\.)fc_(in|out)$|expert|moe")
 ROUTER_NAMES = re.compile(r"(^|\.)(gate|[a-z_]*router[a-z_]*|shared_expert_gate)(\.|$)")
-CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ class ForeignShape:
     eos_token_ids: tuple[int, ...]
     adapted_groups: tuple[AdaptedGroup, ...]
     unadaptable: Mapping[Part, str]
+
+    @property
+    def has_fused_experts(self) -> bool:
+        return any(each.is_parameter for group in self.adapted_groups for each in group.projections)
 
 
 class Stack(NamedTuple):
@@ -185,10 +189,10 @@ def _unadaptable(stack: Stack, groups: list[AdaptedGroup]) -> dict[Part, str]:
 
 def _context_length(config: PretrainedConfig) -> int:
     values: dict[str, Any] = config.to_dict()
-    for key in CONTEXT_KEYS:
+    for key in CONTEXT_LENGTH_KEYS:
         if isinstance(values.get(key), int):
             return int(values[key])
-    raise ConfigError(f"the model's config.json has none of {CONTEXT_KEYS}")
+    raise ConfigError(f"the model's config.json has none of {CONTEXT_LENGTH_KEYS}")
 
 
 def _eos_token_ids(

@@ -21,6 +21,14 @@ from training.models.prepared import is_usable
 
 PREPARE_COMMAND = "tinkercloud models prepare"
 
+CONTEXT_LENGTH_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+    "n_ctx",
+)
+"""Where architectures write their context length in ``config.json``."""
 FAKE_VOCAB_SIZE = 512
 FAKE_CONTEXT_LENGTH = 4096
 FAKE_EOS_TOKEN_IDS = (2,)
@@ -100,7 +108,8 @@ def served_model_info(model: ModelConfig, config: TrainingConfig) -> ServedModel
     hf_config = read_json(directory / "config.json")
     text_config = hf_config.get("text_config", hf_config)
     architectures = hf_config.get("architectures") or ["unknown"]
-    longest = _positive(text_config, "max_position_embeddings", directory)
+    key = next((key for key in CONTEXT_LENGTH_KEYS if key in text_config), CONTEXT_LENGTH_KEYS[0])
+    longest = _positive(text_config, key, directory)
     if model.context_length is not None and model.context_length > longest:
         raise ConfigError(
             f"{model.name}: context_length {model.context_length} is over the model's own {longest}"
