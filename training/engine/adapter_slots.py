@@ -13,7 +13,8 @@ from training.core.errors import UnitError
 from training.engine.adapter import Adapter, AdapterLayout
 from training.engine.optimizer import adamw_step
 from training.engine.slot import GRADIENT, PENDING, Slot
-from training.engine.slot_memory import Entry, SlotMemory
+from training.engine.slot_memory import SlotMemory
+from training.engine.slot_store import Entry
 from training.engine.state_files import SavedState
 
 
@@ -40,9 +41,7 @@ class AdapterSlots:
         """
         if not self.can_allocate(number):
             raise UnitError(f"all {self._max_slots} adapter slots are in use")
-        entry = Entry(layout)
-        if saved is not None:
-            self.memory.take_over(entry, saved)
+        entry = self.memory.new_entry(layout, saved)
         self.free(number)
         self._entries[number] = entry
 

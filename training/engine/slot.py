@@ -20,7 +20,8 @@ PENDING = "pending"
 
 @dataclass(eq=False)
 class Slot:
-    """``weights``: fp32 masters; ``adapter``: the form of them that the decoder computes with;
+    """``weights``: fp32 masters; ``adapter``: the form of them that the decoder computes with, of
+    ``adapter_bytes`` of its own (none where it computes on the masters);
     ``gradient``: the sum since the last step, None for zero; ``pending``: what it becomes if the
     running unit succeeds. All flat [num_params], in the layout of ``adapter``.
 
@@ -31,13 +32,16 @@ class Slot:
     layout: AdapterLayout
     weights: torch.Tensor
     adapter: Adapter
+    adapter_bytes: int
     adam: AdamState
     has_moments: bool
     gradient: torch.Tensor | None = None
     pending: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, buffers: Mapping[str, torch.Tensor], step: int, adapter: Adapter) -> Slot:
+    def of(
+        cls, buffers: Mapping[str, torch.Tensor], step: int, adapter: Adapter, adapter_bytes: int
+    ) -> Slot:
         """The reverse of ``buffers``."""
         weights = buffers[WEIGHTS]
         has_moments = EXP_AVG in buffers
@@ -50,6 +54,7 @@ class Slot:
             adapter.layout,
             weights,
             adapter,
+            adapter_bytes,
             AdamState(*moments, step),
             has_moments,
             buffers.get(GRADIENT),
@@ -83,6 +88,4 @@ class Slot:
 
     @property
     def num_bytes(self) -> int:
-        shared = self.adapter.flat.data_ptr() == self.weights.data_ptr()
-        own = 0 if shared else self.adapter.num_bytes
-        return own + sum(buffer.nbytes for buffer in self.buffers().values())
+        return self.adapter_bytes + sum(buffer.nbytes for buffer in self.buffers().values())

@@ -33,6 +33,10 @@ class SavedState:
     weights: torch.Tensor
     adam: AdamState | None
 
+    @property
+    def num_bytes(self) -> int:
+        return self.weights.nbytes * (1 if self.adam is None else 3)
+
 
 def write_state(
     directory: Path,

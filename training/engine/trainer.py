@@ -30,6 +30,7 @@ from training.engine.decoder import Decoder
 from training.engine.packing import plan_micro_batches
 from training.engine.slot import Slot
 from training.engine.slot_memory import SlotMemory
+from training.engine.slot_store import SlotStore
 from training.engine.spill_files import SpillDirectory
 from training.engine.state_files import read_state, write_state
 from training.engine.unit_work import UnitWork
@@ -170,5 +171,5 @@ class Trainer:
 
 def new_slots(model: Decoder, config: EngineConfig) -> AdapterSlots:
     parent = config.spill_dir or Path(tempfile.gettempdir()) / f"tinkercloud-{os.getuid()}"
-    memory = SlotMemory(model, config, SpillDirectory(parent))
-    return AdapterSlots(memory, config.max_slots)
+    store = SlotStore(model, SpillDirectory(parent))
+    return AdapterSlots(SlotMemory(store, config), config.max_slots)
