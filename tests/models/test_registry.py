@@ -44,6 +44,12 @@ def write_snapshot(cache: Path, commit: str = "c" * 40) -> Path:
     return write_model(repository / "snapshots" / commit)
 
 
+def test_a_context_length_under_another_name(config: TrainingConfig, tmp_path: Path) -> None:
+    values = {key: value for key, value in HF_CONFIG.items() if key != "max_position_embeddings"}
+    model = ModelConfig(name=NAME, path=write_model(tmp_path, config=values | {"n_positions": 64}))
+    assert served_model_info(model, config).context_length == 64
+
+
 def test_an_explicit_path_wins(config: TrainingConfig, tmp_path: Path) -> None:
     write_model(config.model_dir / NAME)
     mine = write_model(tmp_path / "mine")
