@@ -25,6 +25,7 @@ from tests.engine.training_cases import (
 )
 from training.backends.base import AdamParams, Datum, LoraSpec, TrainOp
 from training.core.errors import UnitError, UserError
+from training.engine.model import Transformer
 from training.engine.trainer import Trainer
 
 LENGTHS = (20, 33, 20, 7, 40)
@@ -137,6 +138,25 @@ def test_adapters_of_all_shapes_in_one_pass(checkpoint: Path) -> None:
         assert relative_error(gradient(joined, slot), gradient(alone, slot)) < 2e-6
         for found, expected in zip(outputs[slot].logprobs, output.logprobs, strict=True):
             np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+class _InvariantTransformer(Transformer):
+    """Says of itself what the native decoder says; how true it is does not matter here."""
+
+    is_batch_invariant = True
+
+
+@pytest.mark.parametrize(
+    ("kind", "join", "num_passes"),
+    [(Transformer, False, 3), (Transformer, True, 1), (_InvariantTransformer, False, 1)],
+)
+def test_operations_share_a_pass_where_bits_allow_or_the_config_says(
+    checkpoint: Path, kind: type[Transformer], join: bool, num_passes: int
+) -> None:
+    specs = (ALL, ATTN, MLP)
+    trainer = make_trainer(checkpoint, *specs, join_operations=join, kind=kind)
+    run = trainer.forward_backward(unit(*(sft_op(slot, (9, 20), slot) for slot in range(3))))
+    assert len(list(run)) == num_passes
 
 
 def test_slots_are_isolated(checkpoint: Path) -> None:
