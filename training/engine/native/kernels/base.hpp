@@ -66,11 +66,12 @@ inline float widen(bf16 value) {
 inline f32x16 splat(float value) { return _mm512_set1_ps(value); }
 
 // e^x within 1 ulp or so: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial of degree 6 in r.
-// -inf gives 0, +inf gives inf, NaN stays NaN.
+// -inf gives 0, +inf gives inf, NaN stays NaN: min and max give their second operand then.
 inline f32x16 exp(f32x16 x) {
   const f32x16 clamped = _mm512_max_ps(splat(-104.0f), _mm512_min_ps(splat(89.0f), x));
-  const f32x16 n = _mm512_roundscale_ps(_mm512_mul_ps(clamped, splat(1.44269504f)),
-                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const f32x16 shift = splat(12582912.0f);  // 1.5 * 2^23: the sum has no room for a fraction
+  const f32x16 shifted = _mm512_fmadd_ps(clamped, splat(1.44269504f), shift);
+  const f32x16 n = _mm512_sub_ps(shifted, shift);
   f32x16 r = _mm512_fnmadd_ps(n, splat(0.693145752f), clamped);
   r = _mm512_fnmadd_ps(n, splat(1.42860677e-6f), r);
   f32x16 p = splat(1.38888889e-3f);
@@ -80,8 +81,7 @@ inline f32x16 exp(f32x16 x) {
   p = _mm512_fmadd_ps(p, r, splat(0.5f));
   p = _mm512_fmadd_ps(p, r, splat(1.0f));
   p = _mm512_fmadd_ps(p, r, splat(1.0f));
-  const f32x16 result = _mm512_scalef_ps(p, n);
-  return _mm512_mask_mov_ps(result, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x);
+  return _mm512_scalef_ps(p, n);
 }
 
 inline float sum(f32x16 values) { return _mm512_reduce_add_ps(values); }
