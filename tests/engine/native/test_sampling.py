@@ -154,6 +154,40 @@ def test_top_p_of_equal_logits(vocabulary: NativeVocabulary) -> None:
     np.testing.assert_array_equal(tokens, np.arange(256))
 
 
+def test_a_cut_between_two_crowds(vocabulary: NativeVocabulary) -> None:
+    """The first halving finds as many tokens above as top-k keeps."""
+    logits = torch.cat((torch.linspace(8, 9, 300), torch.linspace(10, 11, 300)))
+    tokens, _ = sample(vocabulary, logits, Cut(1.0, 300, 1.0), np.array([0.0]))
+    assert tokens[0] == 300
+
+
+def test_neighbouring_numbers_have_no_middle(vocabulary: NativeVocabulary) -> None:
+    low = float(np.nextafter(np.float32(1), np.float32(0)))
+    logits = torch.tensor([low] * 400 + [1.0] * 300)
+    kept = slow_kept(logits, Cut(1.0, 500, 1.0))
+    tokens, _ = sample(vocabulary, logits, Cut(1.0, 500, 1.0), (kept.starts + kept.ends) / 2)
+    np.testing.assert_array_equal(tokens, [*range(200), *range(400, 700)])
+
+
+@pytest.mark.parametrize("top_k", [10, 60, 100, 400])
+def test_a_cut_far_behind_the_best_token(vocabulary: NativeVocabulary, top_k: int) -> None:
+    """The worst token kept, down to a probability of e^-80, is the first by id."""
+    logits = torch.arange(600) * 0.2
+    tokens, logprobs = sample(vocabulary, logits, Cut(1.0, top_k, 1.0), np.array([0.0]))
+    assert tokens[0] == 600 - top_k
+    assert logprobs[0] == pytest.approx(-0.2 * (top_k - 1) + np.log(1 - np.exp(-0.2)), abs=1e-4)
+
+
+def test_top_p_near_one_stays_inside_top_k(vocabulary: NativeVocabulary) -> None:
+    """Its mass may exceed, by rounding, what is summed token by token."""
+    cut = Cut(1.0, 200, float(np.nextafter(np.float32(1), np.float32(0))))
+    uniforms = np.random.default_rng(0).random(1000)
+    for seed in range(20):
+        logits = random_logits(1000, seed=seed, scale=0.1)[0]
+        tokens, _ = sample(vocabulary, logits, cut, uniforms)
+        assert set(tokens.tolist()) <= set(logits.topk(200).indices.tolist())
+
+
 def test_greedy_takes_the_lowest_of_the_best(vocabulary: NativeVocabulary) -> None:
     logits = random_logits(500, rows=2)
     logits[0, [77, 300, 499]] = 50.0
