@@ -41,6 +41,7 @@ from training.engine.packing import equal_length_runs
 from training.engine.projections import UNEMBED_LAYER
 from training.engine.torch_head import TorchHeadPass
 from training.engine.torch_training import TorchTrainingPass, pack
+from training.engine.torch_vocabulary import TorchVocabulary
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ class ForeignDecoder:
         self.config = find_shape(model)
         self.device = model.device
         self.dtype = model.dtype
+        self.vocabulary = TorchVocabulary()
+        self.vocabulary = TorchVocabulary()
         model.eval()  # type: ignore[no-untyped-call]
         self._model = model.requires_grad_(False)
         self._body: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
