@@ -31,6 +31,11 @@ class AdapterSlots:
     def available(self) -> int:
         return self._max_slots - len(self._entries)
 
+    @property
+    def resident(self) -> list[int]:
+        """Numbers of the slots that are in memory."""
+        return [number for number, entry in self._entries.items() if entry.slot is not None]
+
     def can_allocate(self, number: int) -> bool:
         return number in self._entries or self.available > 0
 
