@@ -18,6 +18,7 @@ import torch
 from training.backends.base import Float32Array, Int32Array
 from training.engine.adapter import Adapter, AdapterLayout, Segment
 from training.engine.projections import ModelShape
+from training.engine.sampling import Vocabulary
 
 BLOCK_TOKENS = 32
 """Tokens of one block of the KV cache: what is allocated, shared and copied."""
@@ -84,6 +85,10 @@ class Decoder(Protocol):
         """Whether a row's bits depend on its own sequence and adapter alone: never on which other
         rows, or how many, are computed with it."""
 
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Draws tokens from this decoder's logits."""
+
     def new_adapter(self, layout: AdapterLayout, weights: torch.Tensor, trainable: bool) -> Adapter:
         """``weights``: fp32 [num_params]. ``Adapter.update`` brings later ones in."""
 
@@ -119,4 +124,6 @@ class Decoder(Protocol):
         values. Segments cover the rows in order, their sinks are None."""
 
     def logits(self, hidden_RH: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
-        """fp32 logits [R, V]: head plus each segment's unembed adapter."""
+        """fp32 logits [R, V]: head plus each segment's unembed adapter.
+
+        Good until the next call."""

@@ -8,9 +8,13 @@ from pathlib import Path
 import torch
 
 from training.config import EngineConfig
+from training.core.errors import ConfigError
 from training.engine.decoder import Decoder
 from training.engine.model import Transformer
 from training.engine.model_config import ModelConfig, UnsupportedModelError
+from training.engine.native.build import BuildError
+from training.engine.native.decoder import NativeDecoder
+from training.engine.native.weights import UnsupportedShapeError
 
 _log = logging.getLogger(__name__)
 
@@ -24,8 +28,33 @@ def load_decoder(
     except UnsupportedModelError as error:
         _log.info("%s; trying the modules of transformers", error)
         return _foreign(path, device, dtype)
-    # Here, in front: the native kernels, where processor, device and dtype allow them.
+    if engine.kernels != "torch" and (native := _native(path, engine, device, dtype)):
+        return native
     return Transformer.from_directory(path, device, dtype)
+
+
+def _native(
+    path: Path, engine: EngineConfig, device: torch.device, dtype: torch.dtype
+) -> Decoder | None:
+    """None where our kernels cannot compute this model here and ``auto`` lets torch do so."""
+    if engine.kernels == "auto" and (device.type != "cpu" or dtype != torch.bfloat16):
+        return None
+    try:
+        if device.type != "cpu" or dtype != torch.bfloat16:
+            raise ConfigError(f"they compute in bfloat16 on the CPU, not {dtype} on {device}")
+        decoder = NativeDecoder.from_directory(path)
+    except (BuildError, UnsupportedShapeError, ConfigError) as error:
+        if engine.kernels == "native":
+            raise ConfigError(f"engine.kernels is native, but: {error}") from error
+        if not isinstance(error, BuildError | UnsupportedShapeError):
+            raise
+        _log.warning("computing with torch, several times slower than our own kernels: %s", error)
+        return None
+    if engine.num_threads is not None:
+        decoder.set_num_threads(engine.num_threads)
+    # What is left to torch is small; the threads of its loops would spin in the way of ours.
+    torch.set_num_threads(1)
+    return decoder
 
 
 def _foreign(path: Path, device: torch.device, dtype: torch.dtype) -> Decoder:

@@ -27,6 +27,7 @@ from training.engine.model_config import ModelConfig as ModelConfig
 from training.engine.torch_head import TorchHeadPass
 from training.engine.torch_sampling import TorchKvCache
 from training.engine.torch_training import TorchTrainingPass, pack
+from training.engine.torch_vocabulary import TorchVocabulary
 from training.engine.weights import LayerWeights, ModelWeights, load_weights
 
 
@@ -58,6 +59,7 @@ class Transformer:
         self.weights = weights
         self.device = weights.embedding.device
         self.dtype = weights.embedding.dtype
+        self.vocabulary = TorchVocabulary()
         frequencies = config.rope.inverse_frequencies(config.head_dim)
         self._frequencies = frequencies.to(self.device)
 

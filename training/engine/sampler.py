@@ -28,7 +28,6 @@ from training.engine.sampler_line import WaitingLine
 from training.engine.sampler_plan import Work, choose_victim, choose_yielder, plan_step
 from training.engine.sampler_state import Job, Sequence, check_request
 from training.engine.sampling import Cuts
-from training.engine.vocabulary import choose_vocabulary
 
 MAX_TOPK = 20
 Outcome = tuple[str, SampleResult | Exception]
@@ -49,7 +48,7 @@ class Sampler:
         self._tokenizer: Tokenizer = Tokenizer.from_file(str(tokenizer_path))
         self._cache = decoder.new_cache(max(engine_config.kv_cache_tokens // BLOCK_TOKENS, 1))
         self._blocks = SequenceBlocks(self._cache)
-        self._vocabulary = choose_vocabulary(decoder.device)
+        self._vocabulary = decoder.vocabulary
         self._adapters = AdapterStore(self._load_adapter, engine_config.sampling_adapter_bytes)
         self._line = WaitingLine()
         self._jobs: dict[str, Job] = {}

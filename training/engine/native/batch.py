@@ -62,9 +62,7 @@ def sampling_batch(
 class TrainingBatch(Batch):
     """Whole sequences. ``places`` are the rows of the batch that the packed rows [T] got."""
 
-    def __init__(
-        self, sequences: Sequence[Int32Array], segments: Sequence[Segment], with_gradient: bool
-    ) -> None:
+    def __init__(self, sequences: Sequence[Int32Array], segments: Sequence[Segment]) -> None:
         starts, num_rows = _padded_starts(segments)
         stops = [segment.stop for segment in segments]
         num_packed = stops[-1] if stops else 0
@@ -100,9 +98,7 @@ class TrainingBatch(Batch):
                 point_at(struct, segment.sink, keys)
 
 
-def point_at(
-    struct: library.Segment, sink: GradientSink, keys: Sequence[tuple[int, str]]
-) -> None:
+def point_at(struct: library.Segment, sink: GradientSink, keys: Sequence[tuple[int, str]]) -> None:
     flat, holds = sink.claim(keys)
     struct.gradient = flat.data_ptr() if keys else None
     struct.accumulate = holds

@@ -17,7 +17,7 @@ import torch
 
 from training.backends.base import Float32Array, Int32Array
 from training.engine.adapter import AdapterLayout, Segment
-from training.engine.decoder import BLOCK_TOKENS, Chunk
+from training.engine.decoder import BLOCK_TOKENS, Chunk, KvCache
 from training.engine.model_config import ModelConfig
 from training.engine.native import library
 from training.engine.native.adapters import NativeAdapter
@@ -27,6 +27,7 @@ from training.engine.native.batch import (
     sampling_batch,
     segment_structs,
 )
+from training.engine.native.vocabulary import NativeVocabulary
 from training.engine.native.weights import NativeWeights, check_shape
 from training.engine.projections import UNEMBED_LAYER
 from training.engine.weights import ModelWeights, load_weights
@@ -48,6 +49,8 @@ class NativeDecoder:
         self._training = _PassMemory(self)
         self._sampling = _PassMemory(self)
         self.head_memory = _HeadMemory(self)
+        self.vocabulary = NativeVocabulary()
+        self._logits = torch.empty(0)
 
     @classmethod
     def from_directory(cls, path: Path) -> NativeDecoder:
@@ -55,6 +58,10 @@ class NativeDecoder:
         config = ModelConfig.from_directory(path)
         check_shape(config)
         return cls(config, load_weights(path, config, cls.device, cls.dtype))
+
+    def set_num_threads(self, count: int) -> None:
+        """Of all kernels in this process. No result depends on it."""
+        self.kernels.tc_set_num_threads(count)
 
     @property
     def model(self) -> library.Model:
@@ -75,7 +82,7 @@ class NativeDecoder:
         with_gradient: bool,
         checkpointing: bool,
     ) -> NativeTrainingPass:
-        batch = TrainingBatch(sequences, segments, with_gradient)
+        batch = TrainingBatch(sequences, segments)
         keep = library.KEEP_INPUTS if checkpointing else library.KEEP_EVERYTHING
         hidden = self._training.forward(
             batch.struct, batch.num_rows, None, keep if with_gradient else library.KEEP_NOTHING
@@ -92,18 +99,23 @@ class NativeDecoder:
 
     def sampling_pass(
         self,
-        cache: NativeCache,
+        cache: KvCache,
         tokens_T: Int32Array,
         chunks: Sequence[Chunk],
         segments: Sequence[Segment],
     ) -> torch.Tensor:
+        assert isinstance(cache, NativeCache)
         batch = sampling_batch(tokens_T, chunks, segments)
         return self._sampling.forward(
             batch.struct, batch.num_rows, cache.struct, library.KEEP_NOTHING
         )
 
     def logits(self, hidden_RH: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
-        logits_RV = torch.empty(len(hidden_RH), self.config.vocab_size)
+        # Kept from call to call: fresh memory of this size costs more than the product.
+        count = len(hidden_RH) * self.config.vocab_size
+        if self._logits.numel() < count:
+            self._logits = torch.empty(count)
+        logits_RV = self._logits[:count].view(len(hidden_RH), self.config.vocab_size)
         structs = segment_structs((each, each.start, each.stop) for each in segments)
         status = self.kernels.tc_head_logits(
             ctypes.byref(self.model),

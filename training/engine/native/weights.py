@@ -15,8 +15,12 @@ TILE_SUM = 32
 """Elements of a sum that one tile covers: inputs of every linear are multiples of it."""
 
 
+class UnsupportedShapeError(ConfigError):
+    """A sound model that the kernels do not compute; torch does."""
+
+
 def check_shape(config: ModelConfig) -> None:
-    """Raises ``ConfigError`` for a shape that the kernels do not compute."""
+    """Raises ``UnsupportedShapeError`` for a shape that the kernels do not compute."""
     sizes = {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -24,9 +28,9 @@ def check_shape(config: ModelConfig) -> None:
     }
     for name, size in sizes.items():
         if size % TILE_SUM:
-            raise ConfigError(f"{name} {size} is not a multiple of {TILE_SUM}")
+            raise UnsupportedShapeError(f"{name} {size} is not a multiple of {TILE_SUM}")
     if config.head_dim > 256:
-        raise ConfigError(f"head_dim {config.head_dim} is above 256")
+        raise UnsupportedShapeError(f"head_dim {config.head_dim} is above 256")
 
 
 class NativeWeights:

@@ -1,13 +1,17 @@
 // Attention, forward.
 //
 // A work item is up to 32 rows (position-major, then the query heads of one key/value head): a
-// decoded token's heads share a tile, and so do neighbouring positions of a prompt. Two passes, so
-// that no partial result is ever rescaled: all scores and their maximum, then probabilities and
-// their product with the values.
+// decoded token's heads share a tile, and so do neighbouring positions of a prompt. It goes through
+// the keys a span at a time: scores, which stay in the first cache, their maximum, probabilities,
+// product with the values. A larger maximum rescales what earlier spans gave. Spans begin at
+// multiples of their length, so a row is rescaled at the same places whatever shares its tile; by
+// exactly 1 where nothing changes for it.
 #include "attention.hpp"
 
 #include <algorithm>
+#include <array>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "amx.hpp"
@@ -18,9 +22,11 @@ namespace kernels {
 namespace {
 
 constexpr int kRows = amx::kTileRows;
-constexpr int kMaxTiles = 2;                   // row tiles of an item
+constexpr int kMaxTiles = 2;                   // row tiles that are taken together
+constexpr int kItemTiles = 8;                  // of an item: they pass over the same keys
 constexpr int kScoreTile = kRows * kLanes;     // floats of 16 rows x 16 keys
 constexpr int kScoreBlock = 2 * kScoreTile;    // floats of 16 rows x one cache block
+constexpr int kSpanBlocks = 4;                 // scores of a span and its keys or values: 32 KiB
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 struct Call {
@@ -62,9 +68,17 @@ struct Rows {
 };
 
 struct alignas(64) RowState {
-  f32x16 lanes[kMaxTiles * kRows];         // maxima, then sums, still apart by key % 16
-  float exponent[kMaxTiles * kRows];       // maximum * scale * log2 e
+  f32x16 maxima[kMaxTiles * kRows];  // of a span, still apart by key % 16
+  f32x16 sums[kMaxTiles * kRows];    // likewise, of all spans
+  float exponent[kMaxTiles * kRows] = {};  // maximum * scale * log2 e, 0 while there is none
+  float maximum[kMaxTiles * kRows];
+  float correction[kMaxTiles * kRows];  // of what earlier spans gave
   float inverse_sum[kMaxTiles * kRows];
+
+  RowState() {
+    std::fill_n(sums, kMaxTiles * kRows, splat(0.0f));
+    std::fill_n(maximum, kMaxTiles * kRows, kMinusInfinity);
+  }
 };
 
 // [tile][D / 32][16 rows][32], left operands. Rows past the last keep what they had.
@@ -80,15 +94,40 @@ void load_queries(const Call& call, const Rows& rows, bf16* q) {
 }
 
 template <int kTiles>
-void score_block(const bf16* q, const bf16* k, int head_dim, float* s) {
-  const std::ptrdiff_t tile = std::ptrdiff_t(kRows) * head_dim;
-  amx::fence();
+inline void zero_accumulators() {
   _tile_zero(0);
   _tile_zero(1);
   if constexpr (kTiles == 2) {
     _tile_zero(2);
     _tile_zero(3);
   }
+}
+
+template <int kTiles>
+inline void load_accumulators(const float* c) {
+  _tile_loadd(0, c, 64);
+  _tile_loadd(1, c + kScoreTile, 64);
+  if constexpr (kTiles == 2) {
+    _tile_loadd(2, c + kScoreBlock, 64);
+    _tile_loadd(3, c + kScoreBlock + kScoreTile, 64);
+  }
+}
+
+template <int kTiles>
+inline void store_accumulators(float* c) {
+  _tile_stored(0, c, 64);
+  _tile_stored(1, c + kScoreTile, 64);
+  if constexpr (kTiles == 2) {
+    _tile_stored(2, c + kScoreBlock, 64);
+    _tile_stored(3, c + kScoreBlock + kScoreTile, 64);
+  }
+}
+
+template <int kTiles>
+void score_block(const bf16* q, const bf16* k, int head_dim, float* s) {
+  const std::ptrdiff_t tile = std::ptrdiff_t(kRows) * head_dim;
+  amx::fence();
+  zero_accumulators<kTiles>();
   for (int d = 0; d < head_dim; d += amx::kTileSum) {
     const bf16* a = q + d * kRows;
     const bf16* b = k + d * kRows;
@@ -103,12 +142,7 @@ void score_block(const bf16* q, const bf16* k, int head_dim, float* s) {
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  _tile_stored(0, s, 64);
-  _tile_stored(1, s + kScoreTile, 64);
-  if constexpr (kTiles == 2) {
-    _tile_stored(2, s + kScoreBlock, 64);
-    _tile_stored(3, s + kScoreBlock + kScoreTile, 64);
-  }
+  store_accumulators<kTiles>(s);
 }
 
 // -inf where the row may not see the key, so that later passes need no masks.
@@ -128,7 +162,7 @@ void mask_block(const Rows& rows, int window, int first_key, float* s) {
 template <int kTiles>
 void update_maxima(const Rows& rows, const float* s, RowState& state) {
   for (int tile = 0; tile < kTiles; ++tile, s += kScoreBlock) {
-    f32x16* lanes = state.lanes + tile * kRows;
+    f32x16* lanes = state.maxima + tile * kRows;
     for (int r = 0, end = rows.in_tile(tile); r < end; ++r) {
       const f32x16 both = _mm512_max_ps(load(s + r * kLanes), load(s + kScoreTile + r * kLanes));
       lanes[r] = _mm512_max_ps(lanes[r], both);
@@ -146,26 +180,49 @@ void exponentiate(const Rows& rows, float factor, float* s, RowState& state) {
       const f32x16 exponent = splat(state.exponent[tile * kRows + r]);
       const f32x16 p0 = exp2(_mm512_fmsub_ps(load(low), splat(factor), exponent));
       const f32x16 p1 = exp2(_mm512_fmsub_ps(load(low + kScoreTile), splat(factor), exponent));
-      f32x16& lanes = state.lanes[tile * kRows + r];
+      f32x16& lanes = state.sums[tile * kRows + r];
       lanes = _mm512_add_ps(lanes, _mm512_add_ps(p0, p1));
       _mm512_storeu_si512(low, (__m512i)_mm512_cvtne2ps_pbh(p1, p0));
     }
   }
 }
 
-void finish_maxima(float factor, int num_tiles, RowState& state) {
-  for (int tile = 0; tile < num_tiles; ++tile) {
-    f32x16* lanes = state.lanes + tile * kRows;
-    const f32x16 maxima = combine_lanes(lanes, Max());
-    store(state.exponent + tile * kRows, _mm512_mul_ps(maxima, splat(factor)));
-    std::fill_n(lanes, kRows, splat(0.0f));
+// Takes the maxima of a span into account; true if some row's grew.
+bool raise_maxima(float factor, int num_tiles, RowState& state) {
+  __mmask16 grown = 0;
+  for (int first = 0; first < num_tiles * kRows; first += kRows) {
+    const f32x16 old = load(state.maximum + first);
+    const f32x16 now = _mm512_max_ps(old, combine_lanes(state.maxima + first, Max()));
+    const __mmask16 grows = _mm512_cmp_ps_mask(now, old, _CMP_GT_OQ);
+    const f32x16 exponent = _mm512_maskz_mul_ps(
+        _mm512_cmp_ps_mask(now, splat(kMinusInfinity), _CMP_GT_OQ), now, splat(factor));
+    const f32x16 less = _mm512_fmsub_ps(old, splat(factor), exponent);
+    store(state.correction + first, _mm512_mask_mov_ps(splat(1.0f), grows, exp2(less)));
+    store(state.maximum + first, now);
+    store(state.exponent + first, exponent);
+    grown |= grows;
+  }
+  return grown != 0;
+}
+
+// o: [D / 32][tile][2][16 rows][16 columns].
+template <int kTiles>
+void rescale(const Rows& rows, int head_dim, RowState& state, float* o) {
+  for (int r = 0; r < rows.count; ++r) {
+    const f32x16 factor = splat(state.correction[r]);
+    state.sums[r] = _mm512_mul_ps(state.sums[r], factor);
+    float* row = o + r / kRows * kScoreBlock + r % kRows * kLanes;
+    for (int d = 0; d < head_dim; d += 2 * kRows, row += kTiles * kScoreBlock) {
+      store(row, _mm512_mul_ps(load(row), factor));
+      store(row + kScoreTile, _mm512_mul_ps(load(row + kScoreTile), factor));
+    }
   }
 }
 
 void finish_sums(const Call& call, const Rows& rows, int num_tiles, RowState& state) {
   for (int tile = 0; tile < num_tiles; ++tile) {
     const int first = tile * kRows;
-    const f32x16 sums = combine_lanes(state.lanes + first, Add());
+    const f32x16 sums = combine_lanes(state.sums + first, Add());
     store(state.inverse_sum + first, _mm512_div_ps(splat(1.0f), sums));
     if (call.lse == nullptr) continue;
     alignas(64) float lse[kRows];
@@ -193,16 +250,15 @@ void write_output(const Call& call, const Rows& rows, const RowState& state, int
   }
 }
 
-// 32 columns of P V over all blocks.
+// Adds P V over a span to 32 columns of the output, or begins them.
 template <int kTiles>
 void multiply_values(const bf16* v, std::ptrdiff_t block_stride, const std::int32_t* blocks,
-                     int num_blocks, const float* p, float* tiles) {
+                     int num_blocks, const float* p, bool begins, float* o) {
   amx::fence();
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (kTiles == 2) {
-    _tile_zero(2);
-    _tile_zero(3);
+  if (begins) {
+    zero_accumulators<kTiles>();
+  } else {
+    load_accumulators<kTiles>(o);
   }
   for (int b = 0; b < num_blocks; ++b, p += kTiles * kScoreBlock) {
     const bf16* values = v + blocks[b] * block_stride;
@@ -217,61 +273,117 @@ void multiply_values(const bf16* v, std::ptrdiff_t block_stride, const std::int3
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  _tile_stored(0, tiles, 64);
-  _tile_stored(1, tiles + kScoreTile, 64);
-  if constexpr (kTiles == 2) {
-    _tile_stored(2, tiles + kScoreBlock, 64);
-    _tile_stored(3, tiles + kScoreBlock + kScoreTile, 64);
-  }
+  store_accumulators<kTiles>(o);
 }
+
+// Up to 32 rows of an item on their way through the keys.
+template <int kTiles>
+class RowsForward {
+ public:
+  // ``first``: of at most 32 of the item's rows; q and o are theirs, s may be shared.
+  RowsForward(const Call& call, const Item& item, int first, bf16* q, float* s, float* o)
+      : call_(call),
+        rows_({item.sequence, item.kv_head, item.first + first,
+               std::min(kTiles * kRows, item.count - first)},
+              call.shape.group()),
+        blocks_(item.sequence->blocks),
+        block_stride_(call.shape.num_kv_heads * std::ptrdiff_t(kBlockTokens) *
+                      call.shape.head_dim),
+        q_(q),
+        s_(s),
+        o_(o) {
+    const std::ptrdiff_t head =
+        item.kv_head * std::ptrdiff_t(kBlockTokens) * call.shape.head_dim;
+    k_ = call.cache.k + head;
+    v_ = call.cache.v + head;
+    first_block_ = call.shape.window > 0
+                       ? std::max(0, rows_.first_position() + 1 - call.shape.window) / kBlockTokens
+                       : 0;
+    end_block_ = rows_.last_position() / kBlockTokens + 1;
+    load_queries(call_, rows_, q_);
+  }
+
+  int first_block() const { return first_block_; }
+  int end_block() const { return end_block_; }
+
+  // Those of blocks [begin, end) that some row may see.
+  void visit_span(int begin, int end) {
+    const int first = std::max(begin, first_block_), count = std::min(end, end_block_) - first;
+    if (count <= 0) return;
+    const bool begins = first == first_block_;
+    const float factor = call_.shape.scale * kLog2E;
+    std::fill_n(state_.maxima, kTiles * kRows, splat(kMinusInfinity));
+    for (int b = 0; b < count; ++b) {
+      float* s = s_ + b * kTiles * kScoreBlock;
+      score_block<kTiles>(q_, k_ + blocks_[first + b] * block_stride_, call_.shape.head_dim, s);
+      const int key = (first + b) * kBlockTokens;
+      if (!is_seen_by_all(key)) mask_block(rows_, call_.shape.window, key, s);
+      update_maxima<kTiles>(rows_, s, state_);
+    }
+    if (raise_maxima(factor, kTiles, state_) && !begins) {
+      rescale<kTiles>(rows_, call_.shape.head_dim, state_, o_);
+    }
+    for (int b = 0; b < count; ++b) {
+      exponentiate<kTiles>(rows_, factor, s_ + b * kTiles * kScoreBlock, state_);
+    }
+    float* o = o_;
+    for (int d = 0; d < call_.shape.head_dim; d += 2 * kRows, o += kTiles * kScoreBlock) {
+      multiply_values<kTiles>(v_ + d * kBlockTokens, block_stride_, blocks_ + first, count, s_,
+                              begins, o);
+    }
+  }
+
+  void finish() {
+    finish_sums(call_, rows_, kTiles, state_);
+    const float* o = o_;
+    for (int d = 0; d < call_.shape.head_dim; d += 2 * kRows, o += kTiles * kScoreBlock) {
+      write_output(call_, rows_, state_, d, o);
+    }
+  }
+
+ private:
+  bool is_seen_by_all(int key) const {
+    const int window = call_.shape.window;
+    return key + kBlockTokens - 1 <= rows_.first_position() &&
+           (window == 0 || key > rows_.last_position() - window);
+  }
+
+  const Call& call_;
+  const Rows rows_;
+  const std::int32_t* blocks_;
+  const std::ptrdiff_t block_stride_;
+  int first_block_, end_block_;
+  const bf16 *k_, *v_;
+  bf16* q_;
+  float *s_, *o_;
+  RowState state_;
+};
 
 template <int kTiles>
 void attend_item(const Call& call, const Item& item) {
-  thread_local Scratch query_memory, score_memory;
-  const AttentionShape& shape = call.shape;
-  const Rows rows(item, shape.group());
-  const int first_key =
-      shape.window > 0 ? std::max(0, rows.first_position() + 1 - shape.window) : 0;
-  const int first_block = first_key / kBlockTokens;
-  const int num_blocks = rows.last_position() / kBlockTokens + 1 - first_block;
-  const std::int32_t* blocks = item.sequence->blocks + first_block;
-  const std::ptrdiff_t head_stride = std::ptrdiff_t(kBlockTokens) * shape.head_dim;
-  const std::ptrdiff_t block_stride = shape.num_kv_heads * head_stride;
-  const float factor = shape.scale * kLog2E;
-
-  bf16* q = query_memory.get<bf16>(std::size_t(kMaxTiles) * kRows * shape.head_dim);
-  float* s = score_memory.get<float>(std::size_t(kTiles) * kScoreBlock * num_blocks);
-  RowState state;
-  std::fill_n(state.lanes, kTiles * kRows, splat(kMinusInfinity));
-  load_queries(call, rows, q);
-  const bf16* k = call.cache.k + item.kv_head * head_stride;
-  for (int b = 0; b < num_blocks; ++b) {
-    float* scores = s + b * kTiles * kScoreBlock;
-    const int key = (first_block + b) * kBlockTokens;
-    score_block<kTiles>(q, k + blocks[b] * block_stride, shape.head_dim, scores);
-    const bool seen_by_all =
-        key + kBlockTokens - 1 <= rows.first_position() &&
-        (shape.window == 0 || key > rows.last_position() - shape.window);
-    if (!seen_by_all) mask_block(rows, shape.window, key, scores);
-    update_maxima<kTiles>(rows, scores, state);
+  thread_local Scratch query_memory, score_memory, output_memory;
+  const std::size_t elements = std::size_t(kTiles) * kRows * call.shape.head_dim;
+  bf16* q = query_memory.get<bf16>(kItemTiles * elements);
+  float* o = output_memory.get<float>(kItemTiles * elements);
+  float* s = score_memory.get<float>(std::size_t(kMaxTiles) * kScoreBlock * kSpanBlocks);
+  std::array<std::optional<RowsForward<kTiles>>, kItemTiles / kTiles> parts;
+  int num_parts = 0;
+  for (int first = 0; first < item.count; first += kTiles * kRows, ++num_parts) {
+    parts[num_parts].emplace(call, item, first, q + num_parts * elements, s,
+                             o + num_parts * elements);
   }
-  finish_maxima(factor, kTiles, state);
-  for (int b = 0; b < num_blocks; ++b) {
-    exponentiate<kTiles>(rows, factor, s + b * kTiles * kScoreBlock, state);
+  const int end = parts[num_parts - 1]->end_block();
+  for (int begin = parts[0]->first_block() / kSpanBlocks * kSpanBlocks; begin < end;
+       begin += kSpanBlocks) {
+    for (int i = 0; i < num_parts; ++i) parts[i]->visit_span(begin, begin + kSpanBlocks);
   }
-  finish_sums(call, rows, kTiles, state);
-  alignas(64) float tiles[kTiles * kScoreBlock];
-  const bf16* v = call.cache.v + item.kv_head * head_stride;
-  for (int column = 0; column < shape.head_dim; column += 2 * amx::kTileRows) {
-    multiply_values<kTiles>(v + column * kBlockTokens, block_stride, blocks, num_blocks, s, tiles);
-    write_output(call, rows, state, column, tiles);
-  }
+  for (int i = 0; i < num_parts; ++i) parts[i]->finish();
 }
 
 // The last rows of a sequence first: they see most keys, and the loop should end with small items.
 std::vector<Item> items_of(const AttentionShape& shape, const SequenceRows* sequences,
                            int num_sequences) {
-  constexpr int kItemRows = kMaxTiles * kRows;
+  constexpr int kItemRows = kItemTiles * kRows;
   std::vector<Item> items;
   for (int s = 0; s < num_sequences; ++s) {
     const int rows = sequences[s].num_rows * shape.group();
