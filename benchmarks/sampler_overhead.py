@@ -25,6 +25,8 @@ from training.engine.adapter import Adapter, AdapterLayout, Segment
 from training.engine.decoder import Chunk, HeadPass, KvCache, TrainingPass
 from training.engine.projections import AdaptedGroup, Part
 from training.engine.sampler import Sampler
+from training.engine.sampling import Vocabulary
+from training.engine.torch_vocabulary import TorchVocabulary
 
 CONCURRENCY = (1, 8, 32, 64)
 VOCAB_SIZE = 256
@@ -54,6 +56,7 @@ class NoDecoder:
     device = torch.device("cpu")
     dtype = torch.float32
     is_batch_invariant = True
+    vocabulary: Vocabulary = TorchVocabulary()
 
     def __init__(self) -> None:
         self._hidden = torch.zeros(4096, Shape.hidden_size)

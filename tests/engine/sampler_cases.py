@@ -43,9 +43,12 @@ def make_model_directory(directory: Path, name: str = "llama") -> Path:
 
 
 def make_sampler(directory: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Sampler:
-    model = Transformer.from_directory(directory, CPU, dtype)
+    return sampler_on(Transformer.from_directory(directory, CPU, dtype), directory, **settings)
+
+
+def sampler_on(decoder: Decoder, directory: Path, **settings: Any) -> Sampler:
     settings = {"kv_cache_tokens": 8192, "prefill_chunk_tokens": 64} | settings
-    return Sampler(model, EngineConfig(**settings), directory / "tokenizer.json")
+    return Sampler(decoder, EngineConfig(**settings), directory / "tokenizer.json")
 
 
 def make_adapter(model: Decoder, directory: Path, spec: LoraSpec, scale: float = 0.1) -> Path:
