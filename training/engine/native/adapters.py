@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 
 from training.core.errors import UserError
 from training.engine.adapter import Adapter, AdapterLayout
+from training.engine.buffers import new_flat
 from training.engine.model_config import ModelConfig
 from training.engine.native import library
 from training.engine.projections import UNEMBED_LAYER, Group
 
+ALIGNMENT = 64
+"""Bytes: tiles are loaded by whole cache lines."""
 GROUPS = (Group.QKV, Group.O, Group.GATE_UP, Group.DOWN)
 """Of one layer, in the kernels' order."""
+
+
+class _Pointers:
+    """Addresses of bfloat16 arrays, one after the other."""
+
+    def __init__(self, address: int) -> None:
+        self.next_address = address
+
+    def take(self, count: int) -> int:
+        address = self.next_address
+        self.next_address += -(-2 * count // ALIGNMENT) * ALIGNMENT
+        return address
 
 
 class NativeAdapter(Adapter):
@@ -33,12 +49,13 @@ class NativeAdapter(Adapter):
         self._padded_rank = -(-self.rank // 32) * 32
         keys = [(layer, group) for layer in range(config.num_layers) for group in GROUPS]
         keys.append((UNEMBED_LAYER, Group.UNEMBED))
-        self._tensors: list[torch.Tensor] = []
         self._groups = (library.LoraGroup * len(keys))()
         self._inputs = (ctypes.c_int32 * len(keys))()
-        for index, key in enumerate(keys):
-            if key in layout.places:
-                self._place(index, key, trainable)
+        sizes = _Pointers(0)  # once over all of it to see how much it is
+        self._place_all(keys, trainable, sizes)
+        # Zeros: what pads the rank is never written.
+        self._flat = new_flat(sizes.next_address // 2, weights.device, torch.bfloat16)
+        self._place_all(keys, trainable, _Pointers(self._flat.data_ptr()))
         self.struct = library.Adapter(
             groups=ctypes.cast(self._groups, ctypes.POINTER(library.LoraGroup)),
             rank=self.rank,
@@ -47,38 +64,39 @@ class NativeAdapter(Adapter):
         )
         self.update(weights)
 
-    def _place(self, index: int, key: tuple[int, str], trainable: bool) -> None:
+    def _place_all(
+        self, keys: Sequence[tuple[int, str]], trainable: bool, pointers: _Pointers
+    ) -> None:
+        for index, key in enumerate(keys):
+            if key in self.layout.places:
+                self._place(index, key, trainable, pointers)
+
+    def _place(
+        self, index: int, key: tuple[int, str], trainable: bool, pointers: _Pointers
+    ) -> None:
         offset, projections = self.layout.places[key]
         in_size = projections[0].in_size
         out_sizes = [each.out_size for each in projections]
         ends = [sum(out_sizes[: part + 1]) for part in range(len(out_sizes))]
         padded, total = self._padded_rank, self._padded_rank * len(projections)
         group = self._groups[index]
-        group.a = self._packed(total, in_size)
-        group.b = self._packed(sum(out_sizes), padded)
+        group.a = pointers.take(self._elements(total, in_size))
+        group.b = pointers.take(self._elements(sum(out_sizes), padded))
         if trainable:
-            group.a_t = self._packed(in_size, total)
+            group.a_t = pointers.take(self._elements(in_size, total))
             # Each part is packed by itself.
-            group.b_t = self._zeros(sum(self._elements(padded, size) for size in out_sizes))
+            group.b_t = pointers.take(sum(self._elements(padded, size) for size in out_sizes))
         group.num_parts = len(projections)
         group.part_end = (ctypes.c_int32 * 3)(*(ends + ends[-1:] * 3)[:3])
         group.gradient = offset
         self._inputs[index] = in_size
 
-    def _packed(self, out_size: int, in_size: int) -> int:
-        return self._zeros(self._elements(out_size, in_size))
-
     def _elements(self, out_size: int, in_size: int) -> int:
         return int(self._kernels.tc_packed_elements(out_size, in_size))
 
-    def _zeros(self, count: int) -> int:
-        """Zeros: what pads the rank is never written."""
-        self._tensors.append(torch.zeros(count, dtype=torch.bfloat16))
-        return self._tensors[-1].data_ptr()
-
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.numel() * 2 for tensor in self._tensors)
+        return self._flat.nbytes
 
     def update(self, weights_fp32: torch.Tensor) -> None:
         weights = weights_fp32.contiguous()
