@@ -27,7 +27,7 @@ def write_tiny_llama(
     torch.manual_seed(7)
     config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=64,
+        hidden_size=128,  # heads of 32, as the native kernels want
         intermediate_size=96,
         num_hidden_layers=3,
         num_attention_heads=4,

@@ -85,7 +85,7 @@ class Bench:
         self.directory = directory
         store = SlotStore(model, SpillDirectory(directory), open_file)
         self.memory = SlotMemory(store, config, self.clock)
-        self.slots = AdapterSlots(self.memory, config.max_slots)
+        self.slots = AdapterSlots(self.memory, config.max_slots, model.adam)
         self.trainer = Trainer(model, config, BASE_MODEL, slots=self.slots)
 
     def files(self) -> list[Path]:

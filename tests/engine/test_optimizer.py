@@ -6,7 +6,19 @@ import pytest
 import torch
 
 from training.backends.base import AdamParams
-from training.engine.optimizer import AdamState, adamw_step
+from training.engine.native.build import BuildError
+from training.engine.native.optimizer import NativeAdam
+from training.engine.optimizer import AdamArithmetic, AdamState, TorchAdam, adamw_step
+
+
+@pytest.fixture(params=[TorchAdam, NativeAdam])
+def adam(request: pytest.FixtureRequest) -> AdamArithmetic:
+    try:
+        arithmetic: AdamArithmetic = request.param()
+    except BuildError as error:
+        pytest.skip(f"no native kernels: {error}")
+    return arithmetic
+
 
 STEPS = [
     AdamParams(1e-2, 0.9, 0.95, 1e-12, 0.1),
@@ -17,7 +29,7 @@ STEPS = [
 ]
 
 
-def test_steps_are_those_of_torch() -> None:
+def test_steps_are_those_of_torch(adam: AdamArithmetic) -> None:
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(1003, generator=generator)
     state = AdamState.zeros_like(weights)
@@ -38,7 +50,7 @@ def test_steps_are_those_of_torch() -> None:
             )
         optimizer.step()
 
-        output = adamw_step(weights, gradient, state, params)
+        output = adamw_step(weights, gradient, state, params, adam)
 
         assert output.error is None
         assert output.metrics == {
@@ -49,11 +61,11 @@ def test_steps_are_those_of_torch() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
+def test_a_gradient_that_is_not_finite_changes_nothing(bad: float, adam: AdamArithmetic) -> None:
     weights, gradient = torch.ones(5), torch.ones(5)
     gradient[3] = bad
     state = AdamState(torch.ones(5), torch.ones(5), 7)
-    output = adamw_step(weights, gradient, state, AdamParams(0.1))
+    output = adamw_step(weights, gradient, state, AdamParams(0.1), adam)
     assert output.error is not None
     assert "not finite" in output.error
     assert state.step == 7
@@ -65,20 +77,20 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
     "params",
     [AdamParams(-1.0), AdamParams(float("nan")), AdamParams(beta1=1.0), AdamParams(eps=-1.0)],
 )
-def test_parameters_out_of_range_are_refused(params: AdamParams) -> None:
+def test_parameters_out_of_range_are_refused(params: AdamParams, adam: AdamArithmetic) -> None:
     weights = torch.ones(5)
     state = AdamState.zeros_like(weights)
-    output = adamw_step(weights, torch.ones(5), state, params)
+    output = adamw_step(weights, torch.ones(5), state, params, adam)
     assert output.error is not None
     assert "Invalid" in output.error
     assert state.step == 0
     assert torch.equal(weights, torch.ones(5))
 
 
-def test_a_huge_gradient_has_a_finite_norm() -> None:
+def test_a_huge_gradient_has_a_finite_norm(adam: AdamArithmetic) -> None:
     """Its square would overflow fp32."""
     weights = torch.zeros(4)
     output = adamw_step(
-        weights, torch.full((4,), 1e30), AdamState.zeros_like(weights), AdamParams(0.1)
+        weights, torch.full((4,), 1e30), AdamState.zeros_like(weights), AdamParams(0.1), adam
     )
     assert output.metrics["grad_norm"] == pytest.approx(2e30)

@@ -289,7 +289,7 @@ def test_several_targets_per_position(checkpoint: Path) -> None:
     assert found.logprobs[0].shape == (length, width)
     np.testing.assert_allclose(found.logprobs[0], np.stack(expected.logprobs[:width], 1), atol=1e-5)
     np.testing.assert_allclose(found.logprobs[1], expected.logprobs[width], atol=1e-5)
-    assert relative_error(gradient(together), gradient(apart)) < 1e-6
+    assert relative_error(gradient(together), gradient(apart)) < 3e-6
 
 
 def test_outputs_keep_the_order_of_the_data(checkpoint: Path) -> None:

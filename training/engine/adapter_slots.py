@@ -11,7 +11,7 @@ import torch
 from training.backends.base import AdamParams, OptimOutput
 from training.core.errors import UnitError
 from training.engine.adapter import Adapter, AdapterLayout
-from training.engine.optimizer import adamw_step
+from training.engine.optimizer import AdamArithmetic, adamw_step
 from training.engine.slot import GRADIENT, PENDING, Slot
 from training.engine.slot_memory import SlotMemory
 from training.engine.slot_store import Entry
@@ -19,8 +19,9 @@ from training.engine.state_files import SavedState
 
 
 class AdapterSlots:
-    def __init__(self, memory: SlotMemory, max_slots: int) -> None:
+    def __init__(self, memory: SlotMemory, max_slots: int, adam: AdamArithmetic) -> None:
         self.memory = memory
+        self._adam = adam
         self._max_slots = max_slots
         self._entries: dict[int, Entry] = {}
         self._pending: set[int] = set()  # slots that the running unit has a gradient for
@@ -162,7 +163,7 @@ class AdapterSlots:
         try:
             slot = self._open_for_step(entry)
             assert slot.gradient is not None
-            output = adamw_step(slot.weights, slot.gradient, slot.adam, params)
+            output = adamw_step(slot.weights, slot.gradient, slot.adam, params, self._adam)
             slot.adapter.update(slot.weights)
             return output
         except UnitError as error:

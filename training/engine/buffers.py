@@ -36,6 +36,13 @@ def new_flat(
     return torch.frombuffer(pages, dtype=dtype)
 
 
+def converted(flat: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """``flat`` itself where it is so already, else a copy in memory as of ``new_flat``."""
+    if flat.dtype == dtype and flat.device == device:
+        return flat
+    return new_flat(flat.numel(), device, dtype).copy_(flat)
+
+
 class _Spare(NamedTuple):
     given_at_s: float
     buffer: torch.Tensor

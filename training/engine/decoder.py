@@ -17,6 +17,7 @@ import torch
 
 from training.backends.base import Float32Array, Int32Array
 from training.engine.adapter import Adapter, AdapterLayout, Segment
+from training.engine.optimizer import AdamArithmetic
 from training.engine.projections import ModelShape
 from training.engine.sampling import Vocabulary
 
@@ -88,6 +89,10 @@ class Decoder(Protocol):
     @property
     def vocabulary(self) -> Vocabulary:
         """Draws tokens from this decoder's logits."""
+
+    @property
+    def adam(self) -> AdamArithmetic:
+        """Steps the adapters' fp32 weights."""
 
     def new_adapter(self, layout: AdapterLayout, weights: torch.Tensor, trainable: bool) -> Adapter:
         """``weights``: fp32 [num_params]. ``Adapter.update`` brings later ones in."""

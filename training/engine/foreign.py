@@ -26,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from training.backends.base import Int32Array
 from training.core.errors import ConfigError
 from training.engine.adapter import Adapter, AdapterLayout, Segment
+from training.engine.buffers import converted
 from training.engine.decoder import Chunk, KvCache
 from training.engine.foreign_cache import ForeignCache
 from training.engine.foreign_load import load_model
@@ -37,6 +38,7 @@ from training.engine.foreign_shape import (
     find_stack,
     linear_sizes,
 )
+from training.engine.optimizer import TorchAdam
 from training.engine.packing import equal_length_runs
 from training.engine.projections import UNEMBED_LAYER
 from training.engine.torch_head import TorchHeadPass
@@ -57,7 +59,9 @@ class ForeignDecoder:
         self.device = model.device
         self.dtype = model.dtype
         self.vocabulary = TorchVocabulary()
+        self.adam = TorchAdam()
         self.vocabulary = TorchVocabulary()
+        self.adam = TorchAdam()
         model.eval()  # type: ignore[no-untyped-call]
         self._model = model.requires_grad_(False)
         self._body: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
@@ -84,7 +88,7 @@ class ForeignDecoder:
         return decoder
 
     def new_adapter(self, layout: AdapterLayout, weights: torch.Tensor, trainable: bool) -> Adapter:
-        return Adapter(layout, weights.to(device=self.device, dtype=self.dtype))
+        return Adapter(layout, converted(weights, self.device, self.dtype))
 
     # ------------------------------------------------------------------ training
 

@@ -20,10 +20,12 @@ from training.engine import torch_sampling
 from training.engine.adapter import UNEMBED_LAYER, Adapter, AdapterLayout, Group
 from training.engine.adapter import Segment as Segment
 from training.engine.attention import PackedAttention
+from training.engine.buffers import converted
 from training.engine.decoder import Chunk, KvCache
 from training.engine.elementwise import rms_norm, rotate, swiglu
 from training.engine.lora_linear import lora_linear, lora_linear_backward
 from training.engine.model_config import ModelConfig as ModelConfig
+from training.engine.optimizer import TorchAdam
 from training.engine.torch_head import TorchHeadPass
 from training.engine.torch_sampling import TorchKvCache
 from training.engine.torch_training import TorchTrainingPass, pack
@@ -60,6 +62,7 @@ class Transformer:
         self.device = weights.embedding.device
         self.dtype = weights.embedding.dtype
         self.vocabulary = TorchVocabulary()
+        self.adam = TorchAdam()
         frequencies = config.rope.inverse_frequencies(config.head_dim)
         self._frequencies = frequencies.to(self.device)
 
@@ -71,7 +74,7 @@ class Transformer:
 
     def new_adapter(self, layout: AdapterLayout, weights: torch.Tensor, trainable: bool) -> Adapter:
         """In fp32 it computes on ``weights`` themselves, where they lie on the device: no copy."""
-        return Adapter(layout, weights.to(device=self.device, dtype=self.dtype))
+        return Adapter(layout, converted(weights, self.device, self.dtype))
 
     def training_pass(
         self,

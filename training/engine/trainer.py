@@ -172,4 +172,4 @@ class Trainer:
 def new_slots(model: Decoder, config: EngineConfig) -> AdapterSlots:
     parent = config.spill_dir or Path(tempfile.gettempdir()) / f"tinkercloud-{os.getuid()}"
     store = SlotStore(model, SpillDirectory(parent))
-    return AdapterSlots(SlotMemory(store, config), config.max_slots)
+    return AdapterSlots(SlotMemory(store, config), config.max_slots, model.adam)

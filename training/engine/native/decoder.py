@@ -27,6 +27,7 @@ from training.engine.native.batch import (
     sampling_batch,
     segment_structs,
 )
+from training.engine.native.optimizer import NativeAdam
 from training.engine.native.vocabulary import NativeVocabulary
 from training.engine.native.weights import NativeWeights, check_shape
 from training.engine.projections import UNEMBED_LAYER
@@ -50,6 +51,7 @@ class NativeDecoder:
         self._sampling = _PassMemory(self)
         self.head_memory = _HeadMemory(self)
         self.vocabulary = NativeVocabulary()
+        self.adam = NativeAdam()
         self._logits = torch.empty(0)
 
     @classmethod

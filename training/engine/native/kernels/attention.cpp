@@ -26,7 +26,7 @@ constexpr int kMaxTiles = 2;                   // row tiles that are taken toget
 constexpr int kItemTiles = 8;                  // of an item: they pass over the same keys
 constexpr int kScoreTile = kRows * kLanes;     // floats of 16 rows x 16 keys
 constexpr int kScoreBlock = 2 * kScoreTile;    // floats of 16 rows x one cache block
-constexpr int kSpanBlocks = 4;                 // scores of a span and its keys or values: 32 KiB
+constexpr int kSpanBlocks = 8;                 // scores of 32 rows and a span: 32 KiB
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 struct Call {
@@ -67,17 +67,19 @@ struct Rows {
   int last_position() const { return position[count - 1]; }
 };
 
+template <int kTiles>
 struct alignas(64) RowState {
-  f32x16 maxima[kMaxTiles * kRows];  // of a span, still apart by key % 16
-  f32x16 sums[kMaxTiles * kRows];    // likewise, of all spans
-  float exponent[kMaxTiles * kRows] = {};  // maximum * scale * log2 e, 0 while there is none
-  float maximum[kMaxTiles * kRows];
-  float correction[kMaxTiles * kRows];  // of what earlier spans gave
-  float inverse_sum[kMaxTiles * kRows];
+  static constexpr int kCount = kTiles * kRows;
+  f32x16 maxima[kCount];           // of a span, still apart by key % 16
+  f32x16 sums[kCount];             // likewise, of all spans
+  float maximum[kCount];           // of all spans
+  float exponent[kCount] = {};     // maximum * scale * log2 e, 0 while there is none
+  float correction[kCount] = {};   // of what earlier spans gave
+  float inverse_sum[kCount] = {};
 
   RowState() {
-    std::fill_n(sums, kMaxTiles * kRows, splat(0.0f));
-    std::fill_n(maximum, kMaxTiles * kRows, kMinusInfinity);
+    std::fill_n(sums, kCount, splat(0.0f));
+    std::fill_n(maximum, kCount, kMinusInfinity);
   }
 };
 
@@ -160,7 +162,7 @@ void mask_block(const Rows& rows, int window, int first_key, float* s) {
 }
 
 template <int kTiles>
-void update_maxima(const Rows& rows, const float* s, RowState& state) {
+void update_maxima(const Rows& rows, const float* s, RowState<kTiles>& state) {
   for (int tile = 0; tile < kTiles; ++tile, s += kScoreBlock) {
     f32x16* lanes = state.maxima + tile * kRows;
     for (int r = 0, end = rows.in_tile(tile); r < end; ++r) {
@@ -173,7 +175,7 @@ void update_maxima(const Rows& rows, const float* s, RowState& state) {
 // Scores become probabilities (not yet divided by their sum) in place: a row's 32 in bf16 take the
 // place of its first 16 scores, so each tile is a left operand of P V.
 template <int kTiles>
-void exponentiate(const Rows& rows, float factor, float* s, RowState& state) {
+void exponentiate(const Rows& rows, float factor, float* s, RowState<kTiles>& state) {
   for (int tile = 0; tile < kTiles; ++tile, s += kScoreBlock) {
     for (int r = 0, end = rows.in_tile(tile); r < end; ++r) {
       float* low = s + r * kLanes;
@@ -188,9 +190,10 @@ void exponentiate(const Rows& rows, float factor, float* s, RowState& state) {
 }
 
 // Takes the maxima of a span into account; true if some row's grew.
-bool raise_maxima(float factor, int num_tiles, RowState& state) {
+template <int kTiles>
+bool raise_maxima(float factor, RowState<kTiles>& state) {
   __mmask16 grown = 0;
-  for (int first = 0; first < num_tiles * kRows; first += kRows) {
+  for (int first = 0; first < kTiles * kRows; first += kRows) {
     const f32x16 old = load(state.maximum + first);
     const f32x16 now = _mm512_max_ps(old, combine_lanes(state.maxima + first, Max()));
     const __mmask16 grows = _mm512_cmp_ps_mask(now, old, _CMP_GT_OQ);
@@ -207,7 +210,7 @@ bool raise_maxima(float factor, int num_tiles, RowState& state) {
 
 // o: [D / 32][tile][2][16 rows][16 columns].
 template <int kTiles>
-void rescale(const Rows& rows, int head_dim, RowState& state, float* o) {
+void rescale(const Rows& rows, int head_dim, RowState<kTiles>& state, float* o) {
   for (int r = 0; r < rows.count; ++r) {
     const f32x16 factor = splat(state.correction[r]);
     state.sums[r] = _mm512_mul_ps(state.sums[r], factor);
@@ -219,8 +222,9 @@ void rescale(const Rows& rows, int head_dim, RowState& state, float* o) {
   }
 }
 
-void finish_sums(const Call& call, const Rows& rows, int num_tiles, RowState& state) {
-  for (int tile = 0; tile < num_tiles; ++tile) {
+template <int kTiles>
+void finish_sums(const Call& call, const Rows& rows, RowState<kTiles>& state) {
+  for (int tile = 0; tile < kTiles; ++tile) {
     const int first = tile * kRows;
     const f32x16 sums = combine_lanes(state.sums + first, Add());
     store(state.inverse_sum + first, _mm512_div_ps(splat(1.0f), sums));
@@ -235,7 +239,8 @@ void finish_sums(const Call& call, const Rows& rows, int num_tiles, RowState& st
 }
 
 // 32 columns of the output, for all rows, from [tile][2][16 rows][16 columns].
-void write_output(const Call& call, const Rows& rows, const RowState& state, int column,
+template <int kTiles>
+void write_output(const Call& call, const Rows& rows, const RowState<kTiles>& state, int column,
                   const float* tiles) {
   const std::ptrdiff_t ld = call.shape.query_columns();
   for (int r = 0; r < rows.count; ++r) {
@@ -320,7 +325,7 @@ class RowsForward {
       if (!is_seen_by_all(key)) mask_block(rows_, call_.shape.window, key, s);
       update_maxima<kTiles>(rows_, s, state_);
     }
-    if (raise_maxima(factor, kTiles, state_) && !begins) {
+    if (raise_maxima(factor, state_) && !begins) {
       rescale<kTiles>(rows_, call_.shape.head_dim, state_, o_);
     }
     for (int b = 0; b < count; ++b) {
@@ -334,7 +339,7 @@ class RowsForward {
   }
 
   void finish() {
-    finish_sums(call_, rows_, kTiles, state_);
+    finish_sums(call_, rows_, state_);
     const float* o = o_;
     for (int d = 0; d < call_.shape.head_dim; d += 2 * kRows, o += kTiles * kScoreBlock) {
       write_output(call_, rows_, state_, d, o);
@@ -356,7 +361,7 @@ class RowsForward {
   const bf16 *k_, *v_;
   bf16* q_;
   float *s_, *o_;
-  RowState state_;
+  RowState<kTiles> state_;
 };
 
 template <int kTiles>
