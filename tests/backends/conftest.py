@@ -12,6 +12,8 @@ from tests.backends import tiny
 from tests.backends.harness import Harness
 from training.backends.registry import create_backend
 from training.config import EngineConfig, ModelConfig, TrainingConfig
+from training.engine.native import library
+from training.engine.native.build import BuildError
 
 BACKENDS = ("fake", "local-float32", "local-bfloat16")
 
@@ -37,6 +39,15 @@ def local_config(dtype: str = "float32", **engine: object) -> TrainingConfig:
     return TrainingConfig(engine=EngineConfig.model_validate(settings | engine))
 
 
+def has_kernels() -> bool:
+    """Whether the engine computes in bfloat16 with its own kernels: then to the bit."""
+    try:
+        library.load()
+    except BuildError:
+        return False
+    return True
+
+
 @pytest_asyncio.fixture(loop_scope="module", scope="module", params=BACKENDS)
 async def harness(request: pytest.FixtureRequest, tiny_llama: Path) -> AsyncIterator[Harness]:
     kind, _, dtype = str(request.param).partition("-")
@@ -46,6 +57,7 @@ async def harness(request: pytest.FixtureRequest, tiny_llama: Path) -> AsyncIter
         model = ModelConfig(name="tests/tiny-llama", path=tiny_llama)
         config = local_config(dtype)
     exact = kind == "fake" or dtype == "float32"
+    bitwise = kind == "fake" or (dtype == "bfloat16" and has_kernels())
     backend = create_backend(model, config)
     await backend.start()
     yield Harness(
@@ -53,9 +65,9 @@ async def harness(request: pytest.FixtureRequest, tiny_llama: Path) -> AsyncIter
         backend=backend,
         text=lambda tokens: "".join(chr(t) if kind == "fake" else f"<{t}>" for t in tokens),
         model_path=model.path,
-        company=0.0 if kind == "fake" else 1e-4 if exact else 5e-2,
-        neighbours=1e-5 if dtype == "float32" else 0.0,
-        sampler=0.0 if kind == "fake" else 1e-4 if exact else 1e-1,
+        company=0.0 if bitwise else 1e-4 if exact else 5e-2,
+        neighbours=0.0 if bitwise else 3e-5 if exact else 5e-2,
+        sampler=0.0 if bitwise else 1e-4 if exact else 1e-1,
         gradient=1e-4 if exact else 5e-2,
     )
     await backend.close()

@@ -26,7 +26,7 @@ from training.backends.fake import sampler as fake_sampler
 from training.backends.fake import trainer as fake_trainer
 from training.backends.fake.model import BaseWeights, HeadView
 from training.core.errors import StorageError, UnitError, UserError
-from training.engine.loop import EngineLoop, TimeShare, Turn
+from training.engine.loop import EngineLoop, Pauses, TimeShare, Turn
 
 VOCAB_SIZE = 64
 CONTEXT_LENGTH = 4096
@@ -300,6 +300,35 @@ def test_training_and_sampling_take_turns() -> None:
     assert mixed.count("train") == mixed.count("sample") == 10
     assert set(itertools.pairwise(mixed)) == {("train", "sample"), ("sample", "train")}
     assert set(bench.log[24:]) == {"train"}
+
+
+def test_a_sample_stands_still_for_one_micro_batch_at_most() -> None:
+    """Of units of 20 micro-batches each, which take a second; so does a decode step."""
+    bench = Bench()
+    twenty = unit(*(op(0, datum(VOCAB_SIZE, 9, i)) for i in range(20)))
+    bench.run(
+        ipc.ForwardBackward(twenty),
+        ipc.ForwardBackward(twenty),
+        ipc.Sample(request((1, 2), max_tokens=10 * fake_sampler.TOKENS_PER_TURN)),
+    )
+    pauses = bench.loop.pauses
+    assert pauses.longest_s == 1.0
+    assert pauses.num == pauses.total_s
+    assert 9 <= pauses.num <= 10
+
+
+def test_pauses_in_a_row_are_one() -> None:
+    pauses = Pauses()
+    for turn, seconds, waits in (
+        (Turn.TRAIN, 9.0, False),
+        (Turn.TRAIN, 1.0, True),
+        (Turn.TRAIN, 2.0, True),
+        (Turn.SAMPLE, 5.0, True),
+        (Turn.TRAIN, 0.5, True),
+        (Turn.WAIT, 7.0, False),
+    ):
+        pauses.note(turn, seconds, waits)
+    assert (pauses.num, pauses.total_s, pauses.longest_s) == (2, 3.5, 3.0)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.8])
