@@ -133,7 +133,8 @@ def test_rope_frequencies_are_those_of_transformers(parameters: Mapping[str, Any
     config = LlamaConfig(**SHAPE, rope_parameters={"rope_theta": 10000.0, **parameters})
     expected, _ = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, CPU)
     rope = ModelConfig.from_values({**config.to_dict()}, {}).rope
-    torch.testing.assert_close(rope.inverse_frequencies(16), expected, rtol=1e-6, atol=0)
+    head_dim = SHAPE["hidden_size"] // SHAPE["num_attention_heads"]
+    torch.testing.assert_close(rope.inverse_frequencies(head_dim), expected, rtol=1e-6, atol=0)
 
 
 def test_sliding_windows_by_layer() -> None:

@@ -23,6 +23,8 @@ from training.backends.base import Int32Array, SampleResult, StopReason
 from training.core.errors import UserError
 
 TOLERANCE = 1e-4
+COMPANY_TOLERANCE = 5e-5
+"""In float32: products of torch round differently for another number of rows."""
 CONTEXT_LENGTH: int = SHAPE["max_position_embeddings"]
 
 
@@ -50,7 +52,9 @@ def reference_logprobs(
     return chosen
 
 
-def assert_same(one: SampleResult, other: SampleResult, tolerance: float = 1e-5) -> None:
+def assert_same(
+    one: SampleResult, other: SampleResult, tolerance: float = COMPANY_TOLERANCE
+) -> None:
     assert len(one.sequences) == len(other.sequences)
     for left, right in zip(one.sequences, other.sequences, strict=True):
         np.testing.assert_array_equal(left.tokens, right.tokens)
@@ -163,7 +167,9 @@ def test_chunked_prefill_equals_whole(directory: Path, chunk: int) -> None:
         assert_same(left, right)
         assert left.prompt_logprobs is not None
         assert right.prompt_logprobs is not None
-        np.testing.assert_allclose(left.prompt_logprobs, right.prompt_logprobs, atol=1e-5)
+        np.testing.assert_allclose(
+            left.prompt_logprobs, right.prompt_logprobs, atol=COMPANY_TOLERANCE
+        )
 
 
 def test_common_beginnings_are_reused(directory: Path) -> None:
@@ -183,7 +189,7 @@ def test_common_beginnings_are_reused(directory: Path) -> None:
     expected = sample_one(make_sampler(directory), ask(longer, prompt_logprobs=True))
     assert expected.prompt_logprobs is not None
     np.testing.assert_allclose(
-        scored.prompt_logprobs[-10:], expected.prompt_logprobs[-10:], atol=1e-5
+        scored.prompt_logprobs[-10:], expected.prompt_logprobs[-10:], atol=COMPANY_TOLERANCE
     )
 
 

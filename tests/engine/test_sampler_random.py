@@ -93,8 +93,9 @@ def assert_close(left: Float32Array, right: Float32Array, tolerance: float) -> N
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     directory = make_model_directory(tmp_path_factory.mktemp("model"))
     model = Transformer.from_directory(directory, CPU, torch.float32)
-    for seed, name in enumerate("ab"):
-        make_adapter(model, directory / name, LoraSpec(rank=4, seed=seed))
+    make_adapter(model, directory / "a", LoraSpec(rank=4, seed=1))
+    attention_only = LoraSpec(rank=40, seed=2, train_mlp=False, train_unembed=False)
+    make_adapter(model, directory / "b", attention_only)
     if request.param == "torch":
         return Case(model, directory, tolerance=1e-4)
     try:

@@ -19,6 +19,7 @@ from tests.engine.sampler_cases import (
     sample_all,
     sample_one,
 )
+from tests.engine.test_sampler import COMPANY_TOLERANCE
 from tests.engine.test_sampling import chi_square
 from training.backends.base import StopReason
 from training.core.errors import UserError
@@ -183,7 +184,9 @@ def test_scores_beside_other_requests(directory: Path) -> None:
         assert (result.prompt_logprobs is None) == (not request.prompt_logprobs)
         if result.prompt_logprobs is not None:
             assert alone.prompt_logprobs is not None
-            np.testing.assert_allclose(result.prompt_logprobs, alone.prompt_logprobs, atol=1e-5)
+            np.testing.assert_allclose(
+                result.prompt_logprobs, alone.prompt_logprobs, atol=COMPANY_TOLERANCE
+            )
 
 
 def test_a_request_id_in_use_is_refused(directory: Path) -> None:

@@ -10,6 +10,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Protocol
@@ -104,6 +105,31 @@ class TimeShare:
             self._owed_to_sampling_s -= seconds * (1 - self._share)
 
 
+@dataclass
+class Pauses:
+    """How long samples in progress stood still because training had its turn.
+
+    A pause is one micro-batch or one other training command; several in a row only where a decode
+    step takes so long that sampling's share of the time has to be earned again.
+    ``engine.micro_batch_tokens`` bounds it, but for a single longer sequence.
+    """
+
+    num: int = 0
+    total_s: float = 0.0
+    longest_s: float = 0.0
+    _current_s: float = 0.0
+
+    def note(self, turn: Turn, seconds: float, sampling_waits: bool) -> None:
+        if turn is Turn.TRAIN and sampling_waits:
+            self._current_s += seconds
+            return
+        if self._current_s:
+            self.num += 1
+            self.total_s += self._current_s
+            self.longest_s = max(self.longest_s, self._current_s)
+        self._current_s = 0.0
+
+
 class EngineLoop:
     """Runs until ``Stop`` or the inbox's None. ``fatal`` errors are raised: the process must end.
 
@@ -129,6 +155,7 @@ class EngineLoop:
         self._fatal = fatal
         self._clock = clock
         self._time_share = TimeShare(sampling_share)
+        self.pauses = Pauses()
         self._training: deque[ipc.Call] = deque()
         self._run: TrainRun | None = None  # of self._training[0]
         self._samples: dict[str, int] = {}  # request id -> call id
@@ -141,25 +168,28 @@ class EngineLoop:
             turn = self.turn(wait=turn is Turn.WAIT)
 
     def turn(self, wait: bool) -> Turn:
-        """Takes in what has arrived (with ``wait``, sleeps until something has or there is something
-        to tidy up), then lets one side work for one micro-batch or one decode step."""
+        """Takes in what has arrived (with ``wait``, sleeps until something has or it is time to
+        tidy up), then lets one side work for one micro-batch or one decode step."""
         self._receive(wait)
         if self._stopped:
             return Turn.WAIT
-        turn = self._time_share.plan(bool(self._training), self._sampler.has_work)
+        sampling_waits = self._sampler.has_work
+        turn = self._time_share.plan(bool(self._training), sampling_waits)
         started_at = self._clock()
         if turn is Turn.TRAIN:
             self._train()
         elif turn is Turn.SAMPLE:
             self._sample()
-        self._time_share.spend(turn, self._clock() - started_at)
+        seconds = self._clock() - started_at
+        self._time_share.spend(turn, seconds)
+        self.pauses.note(turn, seconds, sampling_waits)
         self._tidy_in_s = self._trainer.tidy(busy=turn is not Turn.WAIT)
         return turn
 
     # ----------------------------------------------------------------- absorb
 
     def _receive(self, wait: bool) -> None:
-        """Takes what has arrived; with ``wait``, sleeps until something has or it is time to tidy."""
+        """With ``wait``, sleeps until something has arrived or it is time to tidy up."""
         while not self._stopped:
             try:
                 call = self._inbox.get(block=wait, timeout=self._tidy_in_s)

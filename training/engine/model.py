@@ -159,11 +159,8 @@ class Transformer:
 
     def logits(self, hidden_RH: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
         """In bfloat16 they are rounded to it before they become fp32."""
-
-        def product(rows_RH: torch.Tensor, parts: Sequence[Segment]) -> torch.Tensor:
-            return lora_linear(rows_RH, self.weights.head, parts, UNEMBED_LAYER, Group.UNEMBED)
-
-        return torch_sampling.logits(product, hidden_RH, segments)
+        head = self.weights.head
+        return lora_linear(hidden_RH, head, segments, UNEMBED_LAYER, Group.UNEMBED).float()
 
     def rotation(self, positions_T: torch.Tensor) -> Rotation:
         angles = positions_T.float()[:, None] * self._frequencies

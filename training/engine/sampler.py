@@ -158,11 +158,15 @@ class Sampler:
     def _admit(self) -> None:
         """In the order of the line. Nobody overtakes the first for want of blocks, so that a long
         prompt cannot wait for ever behind short ones."""
+        limit = self._config.max_running_sequences
         while (sequence := self._line.next()) is not None:
-            has_room = len(self._running) < self._config.max_running_sequences
-            if has_room and not self._load(sequence.job):
-                continue
+            has_room = len(self._running) < limit
             if has_room:
+                # More cannot start after that prompt, and looking at each takes time.
+                if self._line.num_deferred >= limit:
+                    return
+                if not self._load(sequence.job):
+                    continue
                 sequence.refresh_context()
                 match = self._blocks.find(sequence)
                 if self._is_being_computed(sequence, match):
@@ -206,10 +210,11 @@ class Sampler:
 
     def _stop(self, sequence: Sequence) -> None:
         """It runs no more and owns nothing."""
+        if sequence.is_prefilling:
+            self._line.recall()
         self._running.remove(sequence)
         sequence.is_running = False
         self._blocks.release(sequence)
-        self._line.recall()
 
     def _keep(self, sequence: Sequence) -> None:
         """Later prompts may share what it has computed, if they can use these weights at all."""

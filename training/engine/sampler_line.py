@@ -68,6 +68,10 @@ class WaitingLine:
         self._deferred.append(job)
         self._place(job)
 
+    @property
+    def num_deferred(self) -> int:
+        return len(self._deferred)
+
     def recall(self) -> None:
         deferred, self._deferred = self._deferred, []
         for job in reversed(deferred):

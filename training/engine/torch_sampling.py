@@ -2,10 +2,8 @@
 it by block tables.
 
 Chunks of one row (decoding) are computed together, those of about one length in one batch: their
-blocks are gathered side by side. Longer chunks (prefill) are computed one by one, with a mask even
-where they begin the sequence: in bfloat16 on the CPU torch's masked kernel gives a row the same
-bits whatever rows are beside it, the causal one does not. Query heads that share a kv head are the
-query "positions" of that head, so K and V are never repeated for decoding.
+blocks are gathered side by side. Longer chunks (prefill) are computed one by one. Query heads that
+share a kv head are the query "positions" of that head, so K and V are not repeated for decoding.
 
 Shape legend: T packed rows, N heads, K kv heads, G = N / K, D head_dim, P blocks of the cache,
 B tokens of a block, n sequences of a batch, m blocks of a sequence, L = m * B cells, t rows of a
@@ -14,7 +12,7 @@ chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -26,11 +24,6 @@ from training.backends.base import Int32Array
 from training.engine.adapter import Segment
 from training.engine.decoder import BLOCK_TOKENS, Chunk
 from training.engine.model_config import ModelConfig
-
-INVARIANT_ROWS = range(48, 257)
-"""Numbers of rows for which a bfloat16 product gives each row the same bits, measured with oneDNN
-on AMX: 33 to 256 with one and two threads. Passes are brought to this size where AMX is there; on
-other processors nothing was measured, and nothing is promised."""
 
 Window = int | None
 Masks = Mapping[Window, torch.Tensor]
@@ -93,76 +86,6 @@ def sampling_pass(
     segments: Sequence[Segment],
 ) -> torch.Tensor:
     """See ``decoder.Decoder.sampling_pass``."""
-    if not needs_invariant_rows(model.device, model.dtype):
-        return _pass(model, cache, tokens_T, chunks, segments, num_padding=0)
-    parts = []
-    row = 0
-    for part in split_rows(chunks, INVARIANT_ROWS[-1]):
-        stop = row + sum(chunk.num_rows for chunk in part)
-        num_padding = max(INVARIANT_ROWS[0] - (stop - row), 0)
-        cut = cut_segments(segments, row, stop)
-        parts.append(_pass(model, cache, tokens_T[row:stop], part, cut, num_padding))
-        row = stop
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def logits(
-    product: Callable[[torch.Tensor, Sequence[Segment]], torch.Tensor],
-    hidden_RH: torch.Tensor,
-    segments: Sequence[Segment],
-) -> torch.Tensor:
-    """fp32 [R, V] of ``product``, the head in the compute dtype."""
-    if not needs_invariant_rows(hidden_RH.device, hidden_RH.dtype):
-        return product(hidden_RH, segments).float()
-    parts = []
-    for start in range(0, len(hidden_RH), INVARIANT_ROWS[-1]):
-        part_RH = hidden_RH[start : start + INVARIANT_ROWS[-1]]
-        num_rows = len(part_RH)
-        if num_rows < INVARIANT_ROWS[0]:
-            part_RH = torch.cat([part_RH, part_RH[:1].expand(INVARIANT_ROWS[0] - num_rows, -1)])
-        cut = cut_segments(segments, start, start + num_rows)
-        parts.append(product(part_RH, cut)[:num_rows].float())
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def needs_invariant_rows(device: torch.device, dtype: torch.dtype) -> bool:
-    on_cpu = device.type == "cpu" and dtype is torch.bfloat16
-    return on_cpu and torch.cpu._is_amx_tile_supported()
-
-
-def split_rows(chunks: Sequence[Chunk], max_rows: int) -> list[list[Chunk]]:
-    """The chunks in their order, cut into passes of at most ``max_rows``."""
-    passes: list[list[Chunk]] = [[]]
-    room = max_rows
-    for blocks, start, num_rows in chunks:
-        stop = start + num_rows
-        while start < stop:
-            if room == 0:
-                passes.append([])
-                room = max_rows
-            taken = min(room, stop - start)
-            passes[-1].append(Chunk(blocks, start, taken))
-            start, room = start + taken, room - taken
-    return passes
-
-
-def cut_segments(segments: Sequence[Segment], start: int, stop: int) -> list[Segment]:
-    """Those of rows [``start``, ``stop``), counted from ``start``."""
-    return [
-        each._replace(start=max(each.start, start) - start, stop=min(each.stop, stop) - start)
-        for each in segments
-        if each.start < stop and each.stop > start
-    ]
-
-
-def _pass(
-    model: HiddenStates,
-    cache: TorchKvCache,
-    tokens_T: Int32Array,
-    chunks: Sequence[Chunk],
-    segments: Sequence[Segment],
-    num_padding: int,
-) -> torch.Tensor:
     starts = np.array([chunk.start for chunk in chunks])
     counts = np.array([chunk.num_rows for chunk in chunks])
     first_rows = np.cumsum(counts) - counts
@@ -177,16 +100,12 @@ def _pass(
     )
     cells_T = blocks_T.astype(np.int64) * BLOCK_TOKENS + positions_T % BLOCK_TOKENS
     attention = PagedAttention(model.config, cache, chunks, cells_T, model.device)
-    if num_padding:
-        tokens_T = np.pad(tokens_T, (0, num_padding))
-        positions_T = np.pad(positions_T, (0, num_padding))
-    hidden_TH = model.hidden(
+    return model.hidden(
         torch.from_numpy(tokens_T).to(model.device),
         torch.from_numpy(positions_T).to(model.device),
         segments,
         attention,
     )
-    return hidden_TH[: len(hidden_TH) - num_padding]
 
 
 @dataclass(frozen=True)
@@ -209,8 +128,7 @@ class _Span(NamedTuple):
 
 class PagedAttention:
     """The ``Attention`` of one forward pass over ``chunks``, packed in their order; ``cells_T`` are
-    the places of their keys and values. Rows after theirs are padding: they are neither stored nor
-    attended to."""
+    the places of their keys and values."""
 
     def __init__(
         self,
@@ -242,11 +160,10 @@ class PagedAttention:
         self, layer: int, q_TND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
     ) -> torch.Tensor:
         k_PBKD, v_PBKD = self._cache.k[layer], self._cache.v[layer]
-        num_rows = len(self._cells_T)
-        k_PBKD.flatten(0, 1).index_copy_(0, self._cells_T, k_TKD[:num_rows])
-        v_PBKD.flatten(0, 1).index_copy_(0, self._cells_T, v_TKD[:num_rows])
+        k_PBKD.flatten(0, 1).index_copy_(0, self._cells_T, k_TKD)
+        v_PBKD.flatten(0, 1).index_copy_(0, self._cells_T, v_TKD)
         window = self._windows[layer]
-        o_TND = torch.zeros_like(q_TND)
+        o_TND = torch.empty_like(q_TND)
         for batch in self._batches:
             o_nND = _attend_batch(batch, q_TND[batch.rows], k_PBKD, v_PBKD, window)
             o_TND.index_copy_(0, batch.rows, o_nND)
