@@ -87,7 +87,8 @@ class EngineConfig(_Section):
     """Where adapters are put. None: ``storage.metadata_dir / "spill"``."""
     max_lora_rank: int = Field(256, gt=0)
     micro_batch_tokens: int = Field(2048, gt=0)
-    """Tokens whose activations are alive at once; longer sequences are checkpointed."""
+    """Tokens whose activations are alive at once; longer sequences are checkpointed. A sample in
+    progress stands still for one such micro-batch while a model trains."""
     join_operations: bool = False
     """Compute small operations of several models in one pass. Faster where operations are below
     about 256 tokens, but then the last bits of a result depend on what it was computed with, and a
