@@ -32,6 +32,22 @@ class _Pointers:
         return address
 
 
+class _Scratch:
+    """Memory to pack in, kept from one adapter to the next: from the allocator's heap it would leave
+    a hole each time that something small then sits in. One thread packs at a time."""
+
+    def __init__(self) -> None:
+        self._flat = torch.empty(0, dtype=torch.bfloat16)
+
+    def of(self, num_params: int) -> torch.Tensor:
+        if self._flat.numel() < num_params:
+            self._flat = new_flat(num_params, torch.device("cpu"), torch.bfloat16)
+        return self._flat
+
+
+_scratch = _Scratch()
+
+
 class NativeAdapter(Adapter):
     """Matrices in tiles of bfloat16; those of the backward pass only where ``trainable``.
 
@@ -100,7 +116,7 @@ class NativeAdapter(Adapter):
 
     def update(self, weights_fp32: torch.Tensor) -> None:
         weights = weights_fp32.contiguous()
-        scratch = torch.empty(self.layout.num_params, dtype=torch.bfloat16)
+        scratch = _scratch.of(self.layout.num_params)
         status = self._kernels.tc_pack_adapter(
             weights.data_ptr(),
             self.layout.num_params,
