@@ -1,0 +1,92 @@
+"""Which rows a step computes and who gives way: the planner alone, without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.engine.sampler_cases import ask, random_prompt
+from training.engine.prompt_scores import PromptScores
+from training.engine.sampler_plan import choose_victim, choose_yielder, plan_step
+from training.engine.sampler_state import Job, Sequence, Tenant
+from training.engine.torch_vocabulary import TorchVocabulary
+
+
+def running(tenant: Tenant, order: int, missing: SequenceOf[int]) -> list[Sequence]:
+    """Sequences of one request, each with so many rows to compute."""
+    request = ask(random_prompt(max(missing)), f"r{order}", num_samples=len(missing))
+    job = Job(request, order, None, tenant, 10, PromptScores(request, TorchVocabulary()))
+    job.sequences = [Sequence(job, index, None) for index in range(len(missing))]
+    for sequence, num in zip(job.sequences, missing, strict=True):
+        sequence.num_computed = sequence.num_wanted - num
+        sequence.is_running = True
+    job.num_running = len(missing)
+    tenant.num_running += len(missing)
+    return job.sequences
+
+
+@given(missing=st.lists(st.integers(1, 300), min_size=1, max_size=12), budget=st.integers(1, 200))
+def test_every_step_decodes_all_and_fills_the_budget(missing: list[int], budget: int) -> None:
+    sequences = [running(Tenant(order % 3), order, [num])[0] for order, num in enumerate(missing)]
+    works = plan_step(sequences, budget)
+    rows = {work.sequence.order[0]: work.num_rows for work in works}
+    assert all(0 < rows[order] <= missing[order] for order in rows)
+    assert all(rows[order] == 1 for order, num in enumerate(missing) if num == 1)
+    prompts = [order for order, num in enumerate(missing) if num > 1]
+    wanted = sum(missing[order] for order in prompts)
+    assert sum(rows.get(order, 0) for order in prompts) == min(budget, wanted)
+    if prompts:
+        assert rows[prompts[0]] >= min(missing[prompts[0]], -(-budget // 2))
+    versions = [work.sequence.version for work in works]
+    assert versions == sorted(versions)
+
+
+@pytest.mark.parametrize(
+    ("missing", "rows"),
+    [
+        ((100,), {0: 64}),
+        ((100, 100), {0: 64}),
+        ((100, 10, 50), {0: 32, 1: 10, 2: 22}),
+        ((10, 100), {0: 10, 1: 54}),
+        ((100, 1, 8), {0: 56, 1: 1, 2: 8}),
+    ],
+)
+def test_half_for_the_oldest_the_rest_for_the_shortest(
+    missing: tuple[int, ...], rows: dict[int, int]
+) -> None:
+    sequences = [running(Tenant(0), order, [num])[0] for order, num in enumerate(missing)]
+    works = plan_step(sequences, 64)
+    assert {work.sequence.order[0]: work.num_rows for work in works} == rows
+
+
+def test_nothing_runs_nothing_is_planned() -> None:
+    assert plan_step([], 64) == []
+
+
+def test_the_youngest_of_the_most_gives_its_blocks() -> None:
+    small, big = Tenant(1), Tenant(2)
+    alone = running(small, 9, [1])
+    pair, crowd = running(big, 5, [1, 1]), running(big, 3, [1, 1, 1])
+    assert choose_victim(alone + pair + crowd) is crowd[2]
+    oldest, younger = running(Tenant(1), 0, [1]), running(Tenant(2), 1, [1])
+    assert choose_victim(oldest + younger) is younger[0]
+    assert choose_victim(oldest) is oldest[0]
+
+
+def test_only_who_has_several_makes_room_and_only_for_who_has_none() -> None:
+    mine, other = Tenant(1), Tenant(2)
+    crowd = running(other, 0, [1, 1, 1])
+    single = running(mine, 1, [1])
+    (waiting,) = running(Tenant(3), 2, [5])
+    waiting.job.num_running = waiting.tenant.num_running = 0
+    assert choose_yielder(crowd + single, waiting) is crowd[2]
+    assert choose_yielder(single, waiting) is None
+    (sibling,) = running(other, 3, [5])
+    sibling.job.num_running, other.num_running = 0, 3
+    assert choose_yielder(crowd + single, sibling) is crowd[2]
+    (guest,) = running(mine, 4, [5])
+    guest.job.num_running, mine.num_running = 0, 1
+    assert choose_yielder(crowd + single, guest) is None
