@@ -140,6 +140,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         c_int32,
         (c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int32, c_int32, c_int32),
     ),
+    "tc_multiply": (None, (c_void_p, c_int32, c_int32, c_int32, c_void_p, c_void_p)),
     "tc_pass_new": (c_void_p, (c_void_p,)),
     "tc_pass_free": (None, (c_void_p,)),
     "tc_pass_trim": (None, (c_void_p, c_int64)),

@@ -14,6 +14,8 @@ using amx::kTileElements;
 // Columns whose weights stay in a core's second cache while rows pass over them.
 constexpr int kBlockElements = 400 * 1024;
 constexpr int kItemRows = 128;
+// Tiles of a sum taken at once: 32 rows of x are then at most 36 KiB.
+constexpr int kMaxSteps = 18;
 constexpr int kItemsPerThread = 6;
 
 // Tile numbers must be literals: 0..3 accumulate, 4 and 5 hold rows of x, 6 and 7 columns of w.
@@ -107,10 +109,35 @@ inline void finish(const Product& p, f32x16 value, int row, int column, __mmask1
   }
 }
 
+// 16 whole rows of 32 columns without bias, as nearly all are.
+template <Output kOutput>
+inline void finish_whole(const Product& p, const float (*left)[16], const float (*right)[16],
+                         std::ptrdiff_t place) {
+  for (int i = 0; i < 16; ++i, place += p.ldy) {
+    f32x16 low = _mm512_load_ps(left[i]), high = _mm512_load_ps(right[i]);
+    if constexpr (kOutput == Output::kFloat) {
+      float* to = static_cast<float*>(p.y) + place;
+      store(to, low);
+      store(to + 16, high);
+      continue;
+    }
+    if constexpr (kOutput == Output::kAddBf16) {
+      low = _mm512_add_ps(low, load(p.addend + place));
+      high = _mm512_add_ps(high, load(p.addend + place + 16));
+    }
+    _mm512_storeu_si512(static_cast<bf16*>(p.y) + place, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  }
+}
+
 template <Output kOutput, int kColumnTiles>
 inline void finish_rows(const Product& p, const float (*left)[16], const float (*right)[16], int row,
                         int column) {
   const int num_rows = std::min(16, p.rows - row);
+  if constexpr (kColumnTiles == 2) {
+    if (num_rows == 16 && column + 32 <= p.out && p.bias == nullptr) {
+      return finish_whole<kOutput>(p, left, right, row * p.ldy + column);
+    }
+  }
   const __mmask16 left_lanes = first_lanes(p.out - column);
   const __mmask16 right_lanes = kColumnTiles == 2 ? first_lanes(p.out - column - 16) : 0;
   for (int i = 0; i < num_rows; ++i) {
@@ -121,20 +148,42 @@ inline void finish_rows(const Product& p, const float (*left)[16], const float (
   }
 }
 
+template <int kRowTiles, int kColumnTiles>
+inline void load_accumulators(const Results& results) {
+  amx::fence();
+  _tile_loadd(0, results.tile[0], 64);
+  if constexpr (kColumnTiles == 2) _tile_loadd(1, results.tile[1], 64);
+  if constexpr (kRowTiles == 2) _tile_loadd(2, results.tile[2], 64);
+  if constexpr (kRowTiles == 2 && kColumnTiles == 2) _tile_loadd(3, results.tile[3], 64);
+}
+
+// Part of a sum: tiles [begin, end) of p.in. The first one starts from zero; the last one adds what
+// the adapters do and writes y. Between them ``results`` keeps the accumulators.
+struct Steps {
+  int begin, end;
+};
+
 template <Output kOutput, int kRowTiles, int kColumnTiles>
-inline void block(const Product& p, int row, int column) {
-  const int steps = p.in / amx::kTileSum;
-  const Packed w = p.w + std::ptrdiff_t(column / 16) * steps * kTileElements;
-  const bf16* x = p.x + row * p.ldx;
-  zero_accumulators<kRowTiles, kColumnTiles>();
+inline void block(const Product& p, int row, int column, Steps steps, Results& results) {
+  const int num_steps = p.in / amx::kTileSum;
+  const Packed w =
+      p.w + (std::ptrdiff_t(column / 16) * num_steps + steps.begin) * kTileElements;
+  const bf16* x = p.x + row * p.ldx + steps.begin * amx::kTileSum;
+  if (steps.begin == 0) {
+    zero_accumulators<kRowTiles, kColumnTiles>();
+  } else {
+    load_accumulators<kRowTiles, kColumnTiles>(results);
+  }
   accumulate<kRowTiles, kColumnTiles>(x, x + 16 * p.ldx, p.ldx * 2, w,
-                                      w + std::ptrdiff_t(steps) * kTileElements, steps);
-  if (p.first_low_rank != nullptr) {
+                                      w + std::ptrdiff_t(num_steps) * kTileElements,
+                                      steps.end - steps.begin);
+  const bool is_last = steps.end == num_steps;
+  if (is_last && p.first_low_rank != nullptr) {
     accumulate_low_ranks<0, kColumnTiles>(p, row / 16, column);
     if constexpr (kRowTiles == 2) accumulate_low_ranks<1, kColumnTiles>(p, row / 16 + 1, column);
   }
-  Results results;
   store_accumulators<kRowTiles, kColumnTiles>(results);
+  if (!is_last) return;
   finish_rows<kOutput, kColumnTiles>(p, results.tile[0], results.tile[1], row, column);
   if constexpr (kRowTiles == 2) {
     finish_rows<kOutput, kColumnTiles>(p, results.tile[2], results.tile[3], row + 16, column);
@@ -142,26 +191,44 @@ inline void block(const Product& p, int row, int column) {
 }
 
 template <Output kOutput, int kRowTiles>
-inline void row_of_blocks(const Product& p, int row, int begin, int end) {
+inline void row_of_blocks(const Product& p, int row, int begin, int end, Steps steps,
+                          Results* results, int stride) {
   int column = begin;
-  for (; column + 16 < end; column += 32) block<kOutput, kRowTiles, 2>(p, row, column);
-  if (column < end) block<kOutput, kRowTiles, 1>(p, row, column);
+  for (; column + 16 < end; column += 32, results += stride) {
+    block<kOutput, kRowTiles, 2>(p, row, column, steps, *results);
+  }
+  if (column < end) block<kOutput, kRowTiles, 1>(p, row, column, steps, *results);
 }
 
-// Rows outside, columns inside: 32 rows of x stay in the first cache, the weights stream by.
+// Rows outside, columns inside: 32 rows of x stay in the first cache, the weights stream by from
+// the second one. A sum too long for that is cut; its order stays the same.
 template <Output kOutput>
 void region(const Product& p, int row_begin, int row_end, int column_begin, int column_end) {
-  int row = row_begin;
-  for (; row + 16 < row_end; row += 32) {
-    row_of_blocks<kOutput, 2>(p, row, column_begin, column_end);
+  thread_local std::vector<Results> kept;
+  Results once;
+  const int num_steps = p.in / amx::kTileSum, row_blocks = divide_up(column_end - column_begin, 32);
+  const int num_cuts = divide_up(num_steps, kMaxSteps);
+  const int stride = num_cuts > 1 ? 1 : 0;
+  if (stride && kept.size() < std::size_t(row_blocks) * (kItemRows / 32)) {
+    kept.resize(std::size_t(row_blocks) * (kItemRows / 32));
   }
-  if (row < row_end) row_of_blocks<kOutput, 1>(p, row, column_begin, column_end);
+  for (int cut = 0; cut < num_cuts; ++cut) {
+    const Steps steps{num_steps * cut / num_cuts, num_steps * (cut + 1) / num_cuts};
+    Results* results = stride ? kept.data() : &once;
+    int row = row_begin;
+    for (; row + 16 < row_end; row += 32, results += stride * row_blocks) {
+      row_of_blocks<kOutput, 2>(p, row, column_begin, column_end, steps, results, stride);
+    }
+    if (row < row_end) {
+      row_of_blocks<kOutput, 1>(p, row, column_begin, column_end, steps, results, stride);
+    }
+  }
 }
 
 template <Output kOutput>
 void multiply_as(const Product& p) {
   const int row_items = divide_up(p.rows, kItemRows);
-  int columns = std::max(32, kBlockElements / p.in / 32 * 32);
+  int columns = std::max(32, kBlockElements / std::min(p.in, kMaxSteps * 32) / 32 * 32);
   const int wanted = divide_up(num_threads() * kItemsPerThread, row_items);
   columns = std::min(columns, round_up(divide_up(p.out, wanted), 32));
   const int column_items = divide_up(p.out, columns);
@@ -334,3 +401,25 @@ void transpose(const bf16* from, std::ptrdiff_t ldfrom, int rows, int columns, b
 }
 
 }  // namespace kernels
+
+extern "C" {
+
+// y [rows, out] = x [rows, in] of a packed W, in bf16; for tests and measurements.
+void tc_multiply(const kernels::bf16* x, int rows, int in, int out, const kernels::bf16* w,
+                 kernels::bf16* y) {
+  kernels::multiply({.x = x,
+                     .ldx = in,
+                     .rows = rows,
+                     .in = in,
+                     .out = out,
+                     .w = w,
+                     .bias = nullptr,
+                     .first_low_rank = nullptr,
+                     .low_ranks = nullptr,
+                     .output = kernels::Output::kBf16,
+                     .y = y,
+                     .ldy = out,
+                     .addend = nullptr});
+  kernels::amx::release();
+}
+}
