@@ -10,10 +10,11 @@ from typing import BinaryIO, cast
 
 import torch
 
-from tests.engine.training_cases import BASE_MODEL, CPU, finish, sft_op, unit
-from training.backends.base import AdamParams
+from tests.engine.training_cases import ALL, BASE_MODEL, CPU, MLP, finish, sft_op, unit
+from training.backends.base import AdamParams, LoraSpec
 from training.config import EngineConfig
 from training.engine.adapter_slots import AdapterSlots
+from training.engine.decoder import Decoder
 from training.engine.model import Transformer
 from training.engine.slot_memory import SlotMemory
 from training.engine.slot_store import SlotStore
@@ -73,6 +74,7 @@ class Bench:
         open_file: Callable[[Path], BinaryIO] = open_for_writing,
         join_operations: bool = False,
         clock: Clock | None = None,
+        model: Decoder | None = None,
     ) -> None:
         config = EngineConfig(
             adapter_memory_bytes=budget_bytes,
@@ -80,7 +82,7 @@ class Bench:
             join_operations=join_operations,
             max_slots=1000,
         )
-        model = Transformer.from_directory(checkpoint, CPU, dtype)
+        model = model or Transformer.from_directory(checkpoint, CPU, dtype)
         self.clock = clock or Clock()
         self.directory = directory
         store = SlotStore(model, SpillDirectory(directory), open_file)
@@ -124,3 +126,31 @@ def assert_same(
             assert torch.equal(one, other)
         else:
             assert one == other
+
+
+def train_three_tenants(bench: Bench) -> list[float]:
+    """In units of all of them and alone; the last slot is left with a gradient. Returns losses."""
+    for slot, spec in enumerate((ALL, MLP, LoraSpec(7, 9))):
+        bench.trainer.load_slot(slot, spec)
+    losses = []
+    for seed in range(3):
+        ops = [sft_op(slot, LENGTHS, 10 * seed + slot) for slot in range(3)]
+        outputs = finish(bench.trainer.forward_backward(unit(*ops, ops[0])))
+        losses += [output.metrics["loss:sum"] for output in outputs]
+        losses.append(bench.train(1, 100 + seed))
+        bench.step(0, 1, 2)
+        bench.slots.check_integrity()
+    losses.append(bench.train(2, 7))
+    return losses
+
+
+def assert_spilling_changes_no_bit(roomy: Bench, tight: Bench) -> None:
+    """``tight`` has room for one adapter: each operation sends the others to disk, gradients of the
+    running unit included."""
+    assert train_three_tenants(tight) == train_three_tenants(roomy)
+    assert tight.memory.num_resident == 1
+    assert len(tight.files()) == 2
+    assert not roomy.files()
+    for slot in range(3):
+        assert_same(tight.state(slot), roomy.state(slot))
+    assert tight.state(2)[-1] == 3

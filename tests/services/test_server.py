@@ -237,6 +237,15 @@ async def test_a_finished_session_frees_its_slots_and_its_ephemeral_weights(
         assert (await other.create(number=1)).status is FutureStatus.DONE
 
 
+async def test_far_more_models_than_memory_holds_can_be_loaded(tmp_path: Path) -> None:
+    default = EngineConfig().max_slots
+    async with running(config(tmp_path, max_slots=default)) as server:
+        client = await Client.connect(server)
+        for number in range(100):
+            assert (await client.create(number)).status is FutureStatus.DONE
+        assert server.hosts.get(MODEL).slots.available == default - 100
+
+
 async def test_a_silent_session_expires(tmp_path: Path) -> None:
     async with running(config(tmp_path, expiry_s=0.2)) as server:
         client = await Client.connect(server)
