@@ -196,3 +196,31 @@ def test_layout_of_a_block() -> None:
     assert same_bits(
         values.permute(2, 4, 0, 1, 3).reshape(BLOCK_TOKENS, 2, 64).contiguous(), v_LKD.contiguous()
     )
+
+
+@pytest.mark.parametrize("window", [0, 2090])
+def test_more_keys_than_one_span(window: int) -> None:
+    """Over 2048 keys: maxima grow from span to span, 128 rows share their keys, queries see
+    several parts of the backward pass."""
+    shape = Shape(3, 1, 32, window=window, scale=1.0)
+    case = PagedAttention(shape, [2300])
+    case.qkv[0] *= torch.linspace(0.2, 2.0, 2300)[:, None].bfloat16()
+    rows = case.whole()
+    whole = case.run(rows)
+    qkv = case.qkv[0].float().requires_grad_()
+    expected = reference(shape, qkv)
+    assert relative_error(whole.o, expected.o.detach()) < TOLERANCE
+    do = derivatives(2300, shape)
+    expected.o.backward(do.float())  # type: ignore[no-untyped-call]
+    assert qkv.grad is not None
+    for got, want in zip(
+        shape.split(case.backward(rows, whole, do)), shape.split(qkv.grad), strict=True
+    ):
+        assert relative_error(got, want) < 2 * GRADIENT_TOLERANCE
+    chunked = PagedAttention(shape, [2300], stale=1.0)
+    chunked.qkv = case.qkv
+    sizes, start, parts = [1000, 1030, 100, 1, 1, 168], 0, []
+    for size in sizes:
+        parts.append(chunked.run([Rows(0, start, size)]))
+        start += size
+    assert same(join(parts), whole)

@@ -1,99 +1,33 @@
 // Attention, forward.
 //
-// A work item is up to 32 rows (position-major, then the query heads of one key/value head): a
-// decoded token's heads share a tile, and so do neighbouring positions of a prompt. It goes through
-// the keys a span at a time: scores, which stay in the first cache, their maximum, probabilities,
-// product with the values. A larger maximum rescales what earlier spans gave. Spans begin at
-// multiples of their length, so a row is rescaled at the same places whatever shares its tile; by
-// exactly 1 where nothing changes for it.
+// A work item is some rows (position-major, then the query heads of one key/value head): a decoded
+// token's heads share a tile, and so do neighbouring positions of a prompt. It goes through the
+// keys a span at a time: scores and their maximum, probabilities, product with the values. A larger
+// maximum rescales what earlier spans gave. Spans begin at multiples of their length, so a row is
+// rescaled at the same places whatever shares its tile; by exactly 1 where nothing changes for it.
 #include "attention.hpp"
 
 #include <algorithm>
 #include <array>
-#include <limits>
 #include <optional>
 #include <vector>
 
 #include "amx.hpp"
 #include "attention_math.hpp"
+#include "attention_rows.hpp"
 #include "threads.hpp"
 
 namespace kernels {
 namespace {
 
-constexpr int kRows = amx::kTileRows;
-constexpr int kMaxTiles = 2;                   // row tiles that are taken together
-constexpr int kItemTiles = 8;                  // of an item: they pass over the same keys
-constexpr int kScoreTile = kRows * kLanes;     // floats of 16 rows x 16 keys
-constexpr int kScoreBlock = 2 * kScoreTile;    // floats of 16 rows x one cache block
-constexpr int kSpanBlocks = 8;                 // scores of 32 rows and a span: 32 KiB
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+using namespace forward;
 
-struct Call {
-  const AttentionShape& shape;
-  const bf16* qkv;
-  std::ptrdiff_t ld;
-  LayerCache cache;
-  bf16* o;
-  float* lse;
-};
-
-struct Item {
-  const SequenceRows* sequence;
-  int kv_head;
-  int first;  // of the sequence's rows times G
-  int count;
-};
-
-// Where the rows of an item come from and what they may see.
-struct Rows {
-  int count;
-  std::ptrdiff_t row[kMaxTiles * kRows];
-  int head[kMaxTiles * kRows];
-  int position[kMaxTiles * kRows];
-
-  Rows(const Item& item, int group) : count(item.count) {
-    int index = item.first / group, member = item.first % group;
-    for (int r = 0; r < count; ++r) {
-      row[r] = item.sequence->row + index;
-      head[r] = item.kv_head * group + member;
-      position[r] = item.sequence->position + index;
-      if (++member == group) member = 0, ++index;
-    }
-  }
-
-  int in_tile(int tile) const { return std::clamp(count - tile * kRows, 0, kRows); }
-  int first_position() const { return position[0]; }
-  int last_position() const { return position[count - 1]; }
-};
-
-template <int kTiles>
-struct alignas(64) RowState {
-  static constexpr int kCount = kTiles * kRows;
-  f32x16 maxima[kCount];           // of a span, still apart by key % 16
-  f32x16 sums[kCount];             // likewise, of all spans
-  float maximum[kCount];           // of all spans
-  float exponent[kCount] = {};     // maximum * scale * log2 e, 0 while there is none
-  float correction[kCount] = {};   // of what earlier spans gave
-  float inverse_sum[kCount] = {};
-
-  RowState() {
-    std::fill_n(sums, kCount, splat(0.0f));
-    std::fill_n(maximum, kCount, kMinusInfinity);
-  }
-};
-
-// [tile][D / 32][16 rows][32], left operands. Rows past the last keep what they had.
-void load_queries(const Call& call, const Rows& rows, bf16* q) {
-  const int head_dim = call.shape.head_dim;
-  for (int r = 0; r < rows.count; ++r) {
-    const bf16* from = call.qkv + rows.row[r] * call.ld + std::ptrdiff_t(rows.head[r]) * head_dim;
-    bf16* to = q + r / kRows * kRows * head_dim + r % kRows * amx::kTileSum;
-    for (int d = 0; d < head_dim; d += amx::kTileSum) {
-      _mm512_storeu_si512(to + d * kRows, _mm512_loadu_si512(from + d));
-    }
-  }
-}
+// Scores of 32 rows and a span, and its keys and values for a head of 64, stay in a core's second
+// cache. Up to there one pass of 32 rows is fastest; over more keys than that 128 rows share what
+// comes from memory (measured: 1.3 times as fast at 8192 keys).
+constexpr int kSpanBlocks = 64;
+constexpr int kShortItemTiles = 2;
+constexpr int kLongItemTiles = 8;
 
 template <int kTiles>
 inline void zero_accumulators() {
@@ -147,114 +81,6 @@ void score_block(const bf16* q, const bf16* k, int head_dim, float* s) {
   store_accumulators<kTiles>(s);
 }
 
-// -inf where the row may not see the key, so that later passes need no masks.
-void mask_block(const Rows& rows, int window, int first_key, float* s) {
-  for (int r = 0; r < rows.count; ++r) {
-    const int end = std::clamp(rows.position[r] + 1 - first_key, 0, kBlockTokens);
-    const int begin =
-        window > 0 ? std::clamp(rows.position[r] + 1 - window - first_key, 0, kBlockTokens) : 0;
-    const std::uint64_t seen = (std::uint64_t(1) << end) - (std::uint64_t(1) << begin);
-    const std::uint32_t hidden = ~std::uint32_t(begin < end ? seen : 0);
-    float* row = s + r / kRows * kScoreBlock + r % kRows * kLanes;
-    _mm512_mask_storeu_ps(row, __mmask16(hidden), splat(kMinusInfinity));
-    _mm512_mask_storeu_ps(row + kScoreTile, __mmask16(hidden >> kLanes), splat(kMinusInfinity));
-  }
-}
-
-template <int kTiles>
-void update_maxima(const Rows& rows, const float* s, RowState<kTiles>& state) {
-  for (int tile = 0; tile < kTiles; ++tile, s += kScoreBlock) {
-    f32x16* lanes = state.maxima + tile * kRows;
-    for (int r = 0, end = rows.in_tile(tile); r < end; ++r) {
-      const f32x16 both = _mm512_max_ps(load(s + r * kLanes), load(s + kScoreTile + r * kLanes));
-      lanes[r] = _mm512_max_ps(lanes[r], both);
-    }
-  }
-}
-
-// Scores become probabilities (not yet divided by their sum) in place: a row's 32 in bf16 take the
-// place of its first 16 scores, so each tile is a left operand of P V.
-template <int kTiles>
-void exponentiate(const Rows& rows, float factor, float* s, RowState<kTiles>& state) {
-  for (int tile = 0; tile < kTiles; ++tile, s += kScoreBlock) {
-    for (int r = 0, end = rows.in_tile(tile); r < end; ++r) {
-      float* low = s + r * kLanes;
-      const f32x16 exponent = splat(state.exponent[tile * kRows + r]);
-      const f32x16 p0 = exp2(_mm512_fmsub_ps(load(low), splat(factor), exponent));
-      const f32x16 p1 = exp2(_mm512_fmsub_ps(load(low + kScoreTile), splat(factor), exponent));
-      f32x16& lanes = state.sums[tile * kRows + r];
-      lanes = _mm512_add_ps(lanes, _mm512_add_ps(p0, p1));
-      _mm512_storeu_si512(low, (__m512i)_mm512_cvtne2ps_pbh(p1, p0));
-    }
-  }
-}
-
-// Takes the maxima of a span into account; true if some row's grew.
-template <int kTiles>
-bool raise_maxima(float factor, RowState<kTiles>& state) {
-  __mmask16 grown = 0;
-  for (int first = 0; first < kTiles * kRows; first += kRows) {
-    const f32x16 old = load(state.maximum + first);
-    const f32x16 now = _mm512_max_ps(old, combine_lanes(state.maxima + first, Max()));
-    const __mmask16 grows = _mm512_cmp_ps_mask(now, old, _CMP_GT_OQ);
-    const f32x16 exponent = _mm512_maskz_mul_ps(
-        _mm512_cmp_ps_mask(now, splat(kMinusInfinity), _CMP_GT_OQ), now, splat(factor));
-    const f32x16 less = _mm512_fmsub_ps(old, splat(factor), exponent);
-    store(state.correction + first, _mm512_mask_mov_ps(splat(1.0f), grows, exp2(less)));
-    store(state.maximum + first, now);
-    store(state.exponent + first, exponent);
-    grown |= grows;
-  }
-  return grown != 0;
-}
-
-// o: [D / 32][tile][2][16 rows][16 columns].
-template <int kTiles>
-void rescale(const Rows& rows, int head_dim, RowState<kTiles>& state, float* o) {
-  for (int r = 0; r < rows.count; ++r) {
-    const f32x16 factor = splat(state.correction[r]);
-    state.sums[r] = _mm512_mul_ps(state.sums[r], factor);
-    float* row = o + r / kRows * kScoreBlock + r % kRows * kLanes;
-    for (int d = 0; d < head_dim; d += 2 * kRows, row += kTiles * kScoreBlock) {
-      store(row, _mm512_mul_ps(load(row), factor));
-      store(row + kScoreTile, _mm512_mul_ps(load(row + kScoreTile), factor));
-    }
-  }
-}
-
-template <int kTiles>
-void finish_sums(const Call& call, const Rows& rows, RowState<kTiles>& state) {
-  for (int tile = 0; tile < kTiles; ++tile) {
-    const int first = tile * kRows;
-    const f32x16 sums = combine_lanes(state.sums + first, Add());
-    store(state.inverse_sum + first, _mm512_div_ps(splat(1.0f), sums));
-    if (call.lse == nullptr) continue;
-    alignas(64) float lse[kRows];
-    store(lse, _mm512_mul_ps(_mm512_add_ps(load(state.exponent + first), log2(sums)),
-                             splat(kLn2)));
-    for (int r = first; r < std::min(rows.count, first + kRows); ++r) {
-      call.lse[rows.row[r] * call.shape.num_heads + rows.head[r]] = lse[r - first];
-    }
-  }
-}
-
-// 32 columns of the output, for all rows, from [tile][2][16 rows][16 columns].
-template <int kTiles>
-void write_output(const Call& call, const Rows& rows, const RowState<kTiles>& state, int column,
-                  const float* tiles) {
-  const std::ptrdiff_t ld = call.shape.query_columns();
-  for (int r = 0; r < rows.count; ++r) {
-    const float* low = tiles + r / kRows * kScoreBlock + r % kRows * kLanes;
-    const f32x16 factor = splat(state.inverse_sum[r]);
-    // Plus zero: a sum of -0 becomes +0, as if further zeros had been added to it.
-    const f32x16 a = _mm512_fmadd_ps(load(low), factor, splat(0.0f));
-    const f32x16 b = _mm512_fmadd_ps(load(low + kScoreTile), factor, splat(0.0f));
-    bf16* to = call.o + rows.row[r] * ld +
-               std::ptrdiff_t(rows.head[r]) * call.shape.head_dim + column;
-    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(b, a));
-  }
-}
-
 // Adds P V over a span to 32 columns of the output, or begins them.
 template <int kTiles>
 void multiply_values(const bf16* v, std::ptrdiff_t block_stride, const std::int32_t* blocks,
@@ -286,7 +112,7 @@ template <int kTiles>
 class RowsForward {
  public:
   // ``first``: of at most 32 of the item's rows; q and o are theirs, s may be shared.
-  RowsForward(const Call& call, const Item& item, int first, bf16* q, float* s, float* o)
+  RowsForward(const ForwardCall& call, const Item& item, int first, bf16* q, float* s, float* o)
       : call_(call),
         rows_({item.sequence, item.kv_head, item.first + first,
                std::min(kTiles * kRows, item.count - first)},
@@ -353,7 +179,7 @@ class RowsForward {
            (window == 0 || key > rows_.last_position() - window);
   }
 
-  const Call& call_;
+  const ForwardCall& call_;
   const Rows rows_;
   const std::int32_t* blocks_;
   const std::ptrdiff_t block_stride_;
@@ -365,17 +191,19 @@ class RowsForward {
 };
 
 template <int kTiles>
-void attend_item(const Call& call, const Item& item) {
+void attend_item(const ForwardCall& call, const Item& item) {
   thread_local Scratch query_memory, score_memory, output_memory;
+  const int num_parts = divide_up(item.count, kTiles * kRows);
   const std::size_t elements = std::size_t(kTiles) * kRows * call.shape.head_dim;
-  bf16* q = query_memory.get<bf16>(kItemTiles * elements);
-  float* o = output_memory.get<float>(kItemTiles * elements);
-  float* s = score_memory.get<float>(std::size_t(kMaxTiles) * kScoreBlock * kSpanBlocks);
-  std::array<std::optional<RowsForward<kTiles>>, kItemTiles / kTiles> parts;
-  int num_parts = 0;
-  for (int first = 0; first < item.count; first += kTiles * kRows, ++num_parts) {
-    parts[num_parts].emplace(call, item, first, q + num_parts * elements, s,
-                             o + num_parts * elements);
+  bf16* q = query_memory.get<bf16>(num_parts * elements);
+  float* o = output_memory.get<float>(num_parts * elements);
+  const int num_blocks =
+      divide_up(item.sequence->position + item.sequence->num_rows, kBlockTokens);
+  float* s = score_memory.get<float>(std::size_t(kTiles) * kScoreBlock *
+                                     std::min(num_blocks, kSpanBlocks));
+  std::array<std::optional<RowsForward<kTiles>>, kLongItemTiles / kTiles> parts;
+  for (int i = 0; i < num_parts; ++i) {
+    parts[i].emplace(call, item, i * kTiles * kRows, q + i * elements, s, o + i * elements);
   }
   const int end = parts[num_parts - 1]->end_block();
   for (int begin = parts[0]->first_block() / kSpanBlocks * kSpanBlocks; begin < end;
@@ -388,13 +216,15 @@ void attend_item(const Call& call, const Item& item) {
 // The last rows of a sequence first: they see most keys, and the loop should end with small items.
 std::vector<Item> items_of(const AttentionShape& shape, const SequenceRows* sequences,
                            int num_sequences) {
-  constexpr int kItemRows = kItemTiles * kRows;
   std::vector<Item> items;
   for (int s = 0; s < num_sequences; ++s) {
-    const int rows = sequences[s].num_rows * shape.group();
-    for (int first = (rows - 1) / kItemRows * kItemRows; first >= 0; first -= kItemRows) {
+    const SequenceRows& sequence = sequences[s];
+    const bool is_long = sequence.position + sequence.num_rows > kSpanBlocks * kBlockTokens;
+    const int item_rows = (is_long ? kLongItemTiles : kShortItemTiles) * kRows;
+    const int rows = sequence.num_rows * shape.group();
+    for (int first = (rows - 1) / item_rows * item_rows; first >= 0; first -= item_rows) {
       for (int head = 0; head < shape.num_kv_heads; ++head) {
-        items.push_back({sequences + s, head, first, std::min(kItemRows, rows - first)});
+        items.push_back({&sequence, head, first, std::min(item_rows, rows - first)});
       }
     }
   }
@@ -406,7 +236,7 @@ std::vector<Item> items_of(const AttentionShape& shape, const SequenceRows* sequ
 void attend(const AttentionShape& shape, const bf16* qkv, std::ptrdiff_t ld,
             const SequenceRows* sequences, int num_sequences, LayerCache cache, bf16* o,
             float* lse) {
-  const Call call{shape, qkv, ld, cache, o, lse};
+  const ForwardCall call{shape, qkv, ld, cache, o, lse};
   const std::vector<Item> items = items_of(shape, sequences, num_sequences);
   parallel_for(int(items.size()), [&](int index, int) {
     const Item& item = items[index];

@@ -20,8 +20,11 @@
 namespace kernels {
 namespace {
 
-constexpr int kPartKeys = 512;  // at least: what a core's second cache holds with its sums
-constexpr int kMaxParts = 4;    // bounds the memory for partial sums of long sequences
+// Keys of a part: half of a sequence, so that one long sequence keeps two threads busy, within what
+// pays for the partial sums (least) and fits a core's second cache (most); a quarter where that is
+// more, which bounds the memory for partial sums.
+constexpr int kLeastPartBlocks = 512 / kBlockTokens;
+constexpr int kMostPartBlocks = 1024 / kBlockTokens;
 
 // Keys [first, first + count) blocks of one head, and where the derivatives of the queries that see
 // them go: [position block from ``first`` on][G] squares of floats, or null for straight to dqkv.
@@ -36,8 +39,8 @@ struct Part {
 };
 
 int blocks_of_part(int num_blocks) {
-  const int least = kPartKeys / kBlockTokens;
-  return std::max(least, round_up(divide_up(num_blocks, kMaxParts), kPanelBlocks));
+  const int most = std::max(kMostPartBlocks, divide_up(num_blocks, 4));
+  return round_up(std::clamp(divide_up(num_blocks, 2), kLeastPartBlocks, most), kPanelBlocks);
 }
 
 // Probabilities and score derivatives of 32 keys x 32 queries.
@@ -124,7 +127,9 @@ class PartBackward {
   void visit(const PanelShape& shape) {
     panel_.load(call_, *part_.sequence, part_.kv_head, shape);
     float* dq = panel_.dq();
-    if (!part_.is_only) dq = partials_ + part_.partial + shape.offset(call_.shape, part_.keys.first);
+    if (!part_.is_only) {
+      dq = partials_ + part_.partial + shape.offset(call_.shape, part_.keys.first);
+    }
     std::fill_n(dq, std::size_t(shape.num_squares()) * kBlockTokens * head_dim_, 0.0f);
     for (int first = 0; first < part_.keys.count; first += kPanelBlocks) {
       const int count = std::min(kPanelBlocks, part_.keys.count - first);

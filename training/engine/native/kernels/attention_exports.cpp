@@ -15,7 +15,8 @@ std::vector<kernels::SequenceRows> sequences_of(const std::int32_t* sequences, i
                                                 const std::int32_t* blocks) {
   std::vector<kernels::SequenceRows> result;
   for (int s = 0; s < num_sequences; ++s, sequences += 4) {
-    result.push_back({sequences[0], sequences[1], sequences[2], blocks == nullptr ? nullptr : blocks + sequences[3]});
+    const std::int32_t* own = blocks == nullptr ? nullptr : blocks + sequences[3];
+    result.push_back({sequences[0], sequences[1], sequences[2], own});
   }
   return result;
 }

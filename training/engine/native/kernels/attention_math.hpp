@@ -42,11 +42,11 @@ inline f32x16 log2(f32x16 x) {
   return _mm512_fmadd_ps(_mm512_mul_ps(p, s), splat(2 * kLog2E), e);
 }
 
-struct Add {
+struct AddLanes {
   f32x16 operator()(f32x16 a, f32x16 b) const { return _mm512_add_ps(a, b); }
 };
 
-struct Max {
+struct MaxLanes {
   f32x16 operator()(f32x16 a, f32x16 b) const { return _mm512_max_ps(a, b); }
 };
 

@@ -11,11 +11,11 @@ namespace {
 std::ptrdiff_t block_elements(int head_dim) { return std::ptrdiff_t(kBlockTokens) * head_dim; }
 
 // 32 rows of which ``count`` exist; a copy padded with zeros where some do not.
-struct Rows {
+struct PaddedRows {
   const bf16* rows;
   std::ptrdiff_t ld;
 
-  Rows(const bf16* from, std::ptrdiff_t from_ld, int count, int head_dim, bf16* padded)
+  PaddedRows(const bf16* from, std::ptrdiff_t from_ld, int count, int head_dim, bf16* padded)
       : rows(from), ld(from_ld) {
     if (count == kBlockTokens) return;
     std::fill_n(padded, block_elements(head_dim), bf16(0));
@@ -36,7 +36,8 @@ void write_rows(const float* squares, int count, int head_dim, float factor, bf1
                 std::ptrdiff_t ld) {
   for (int d = 0; d < head_dim; d += kBlockTokens, squares += kSquareFloats) {
     for (int r = 0; r < count; ++r) {
-      const float* low = squares + r / amx::kTileRows * 2 * kTileFloats + r % amx::kTileRows * kLanes;
+      const float* low =
+          squares + r / amx::kTileRows * 2 * kTileFloats + r % amx::kTileRows * kLanes;
       const f32x16 a = _mm512_mul_ps(load(low), splat(factor));
       const f32x16 b = _mm512_mul_ps(load(low + kTileFloats), splat(factor));
       _mm512_storeu_si512(to + r * ld + d, (__m512i)_mm512_cvtne2ps_pbh(b, a));
@@ -63,7 +64,7 @@ f32x16 dot_rows(const bf16* a, const bf16* b, std::ptrdiff_t ld, int count, int 
       sums[r] = _mm512_fmadd_ps(load(a + r * ld + d), load(b + r * ld + d), sums[r]);
     }
   }
-  return combine_lanes(sums, Add());
+  return combine_lanes(sums, AddLanes());
 }
 
 }  // namespace
@@ -101,11 +102,11 @@ void KeyPanel::load(const BackwardCall& call, const SequenceRows& sequence, int 
     const int block = blocks.first + b, count = rows_of_block(sequence, block);
     const bf16* k = call.qkv + (sequence.row + std::ptrdiff_t(block) * kBlockTokens) * call.ld +
                     call.shape.query_columns() + std::ptrdiff_t(kv_head) * head_dim;
-    const Rows keys(k, call.ld, count, head_dim, rows_);
+    const PaddedRows keys(k, call.ld, count, head_dim, rows_);
     pack_left(keys.rows, keys.ld, head_dim, keys_ + b * stride_);
     pack_pairs(keys.rows, keys.ld, head_dim, pairs_);
     pairs_to_columns(pairs_, head_dim, columns_ + b * stride_);
-    const Rows values(k + call.shape.key_columns(), call.ld, count, head_dim, rows_);
+    const PaddedRows values(k + call.shape.key_columns(), call.ld, count, head_dim, rows_);
     pack_left(values.rows, values.ld, head_dim, values_ + b * stride_);
   }
   std::fill_n(dk_, blocks.count * stride_, 0.0f);
@@ -144,11 +145,11 @@ void QueryPanel::load(const BackwardCall& call, const SequenceRows& sequence, in
     const int head = kv_head * call.shape.group() + shape.member(i);
     const std::ptrdiff_t row = sequence.row + std::ptrdiff_t(block) * kBlockTokens;
     const std::ptrdiff_t column = std::ptrdiff_t(head) * head_dim;
-    const Rows q(call.qkv + row * call.ld + column, call.ld, count, head_dim, rows_);
+    const PaddedRows q(call.qkv + row * call.ld + column, call.ld, count, head_dim, rows_);
     pack_transposed(q.rows, q.ld, head_dim, q_transposed_ + i * stride_);
     pack_pairs(q.rows, q.ld, head_dim, q_pairs_ + i * stride_);
     const std::ptrdiff_t place = row * ldo + column;
-    const Rows d_o(call.d_o + place, ldo, count, head_dim, rows_);
+    const PaddedRows d_o(call.d_o + place, ldo, count, head_dim, rows_);
     pack_transposed(d_o.rows, d_o.ld, head_dim, do_transposed_ + i * stride_);
     pack_pairs(d_o.rows, d_o.ld, head_dim, do_pairs_ + i * stride_);
     QueryStatistics& statistics = statistics_[i];
