@@ -190,7 +190,8 @@ class RowsForward {
   RowState<kTiles> state_;
 };
 
-template <int kTiles>
+// ``kMaxParts`` is 1 for most items: room for more costs a short one a quarter of its time.
+template <int kTiles, int kMaxParts>
 void attend_item(const ForwardCall& call, const Item& item) {
   thread_local Scratch query_memory, score_memory, output_memory;
   const int num_parts = divide_up(item.count, kTiles * kRows);
@@ -201,7 +202,7 @@ void attend_item(const ForwardCall& call, const Item& item) {
       divide_up(item.sequence->position + item.sequence->num_rows, kBlockTokens);
   float* s = score_memory.get<float>(std::size_t(kTiles) * kScoreBlock *
                                      std::min(num_blocks, kSpanBlocks));
-  std::array<std::optional<RowsForward<kTiles>>, kLongItemTiles / kTiles> parts;
+  std::array<std::optional<RowsForward<kTiles>>, kMaxParts> parts;
   for (int i = 0; i < num_parts; ++i) {
     parts[i].emplace(call, item, i * kTiles * kRows, q + i * elements, s, o + i * elements);
   }
@@ -240,10 +241,12 @@ void attend(const AttentionShape& shape, const bf16* qkv, std::ptrdiff_t ld,
   const std::vector<Item> items = items_of(shape, sequences, num_sequences);
   parallel_for(int(items.size()), [&](int index, int) {
     const Item& item = items[index];
-    if (item.count > kRows) {
-      attend_item<2>(call, item);
+    if (item.count <= kRows) {
+      attend_item<1, 1>(call, item);
+    } else if (item.count <= kShortItemTiles * kRows) {
+      attend_item<kMaxTiles, 1>(call, item);
     } else {
-      attend_item<1>(call, item);
+      attend_item<kMaxTiles, kLongItemTiles / kMaxTiles>(call, item);
     }
   });
 }
