@@ -36,14 +36,13 @@ def check_shape(config: ModelConfig) -> None:
 class NativeWeights:
     """Owns the packed tensors; ``model`` is what kernels take.
 
-    Both W and its transpose are packed (the backward pass multiplies by the transpose): twice the
-    memory of the linears. The tensors of ``weights`` are let go of one by one on the way.
+    The transposes that the backward pass multiplies by are made there, layer by layer; only that of
+    the head is kept, which every block of rows needs. A tied embedding is read out of the head.
     """
 
     def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
         self._tensors: list[torch.Tensor] = []
         self._kernels = library.load()
-        self.embedding = weights.embedding
         self._layers = (library.Layer * config.num_layers)(
             *(
                 self._layer(layer, config.windows[index])
@@ -59,10 +58,10 @@ class NativeWeights:
             inner=config.intermediate_size,
             vocab=config.vocab_size,
             norm_eps=config.norm_eps,
-            embedding=self._keep(weights.embedding),
+            embedding=None if config.tie_word_embeddings else self._keep(weights.embedding),
             layers=ctypes.cast(self._layers, ctypes.POINTER(library.Layer)),
             final_norm=self._keep(weights.final_norm),
-            head=self._linear(weights.head),
+            head=self._linear(weights.head, with_transpose=True),
             cos_sin=self._keep(_rotary_table(config)),
         )
 
@@ -79,18 +78,18 @@ class NativeWeights:
             window=window or 0,
         )
 
-    def _linear(self, linear: Linear) -> library.Linear:
+    def _linear(self, linear: Linear, with_transpose: bool = False) -> library.Linear:
         weight = linear.weight.contiguous()
         out_size, in_size = weight.shape
         packed = self._packed(out_size, in_size)
-        packed_t = self._packed(in_size, out_size)
+        packed_t = self._packed(in_size, out_size) if with_transpose else None
         self._kernels.tc_pack_linear(
-            weight.data_ptr(), out_size, in_size, packed.data_ptr(), packed_t.data_ptr()
+            weight.data_ptr(), out_size, in_size, packed.data_ptr(), library.address(packed_t)
         )
         bias = None if linear.bias is None else self._keep(linear.bias.float())
         return library.Linear(
             w=packed.data_ptr(),
-            w_t=packed_t.data_ptr(),
+            w_t=library.address(packed_t),
             bias=bias,
             in_size=in_size,
             out_size=out_size,

@@ -44,7 +44,7 @@ class Block {
                 std::size_t(padded_rows_ - num_rows_) * stride * sizeof(bf16));
     bf16* dz = workspace.take<bf16>(plan_.reduced_elements(1));
     bf16* dx = workspace.take<bf16>(std::size_t(padded_rows_) * model_.hidden);
-    linear_.backward(gradient, stride, num_rows_, dz, dx);
+    linear_.backward(gradient, stride, num_rows_, dz, dx, workspace);
     if (plan_.wants_gradient()) {
       linear_.reduce(x_, model_.hidden, z_);
       linear_.add_gradients(x_, model_.hidden, gradient, stride, z_, dz, workspace);

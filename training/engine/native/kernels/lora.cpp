@@ -99,8 +99,19 @@ void AdaptedLinear::forward(const bf16* x, std::ptrdiff_t ldx, int num_rows, bf1
             .addend = addend});
 }
 
-void AdaptedLinear::backward(const bf16* dy, std::ptrdiff_t lddy, int num_rows, bf16* dz,
-                             bf16* dx) const {
+// The model's own transpose, or one made now.
+Packed AdaptedLinear::transposed(Workspace& workspace) const {
+  if (linear_.w_t != nullptr) return linear_.w_t;
+  const int in = linear_.in, out = linear_.out;
+  bf16* made = workspace.take<bf16>(packed_elements(in, out));
+  parallel_for(divide_up(in, 32), [&](int item, int) {
+    transpose_packed(linear_.w, out, in, item * 32, std::min(item * 32 + 32, in), made);
+  });
+  return made;
+}
+
+void AdaptedLinear::backward(const bf16* dy, std::ptrdiff_t lddy, int num_rows, bf16* dz, bf16* dx,
+                             Workspace& workspace) const {
   const int in = linear_.in;
   gather_terms(dz, [in](const LoraGroup& group, const Adapter& adapter, const bf16* reduced) {
     return LowRank{reduced, group.a_t, adapter.padded_rank * group.num_parts, 1, {in, in, in}};
@@ -123,12 +134,13 @@ void AdaptedLinear::backward(const bf16* dy, std::ptrdiff_t lddy, int num_rows, 
     }
   });
   if (dx == nullptr) return;
+  const Workspace::Mark mark = workspace.mark();
   multiply({.x = dy,
             .ldx = lddy,
             .rows = num_rows,
             .in = round_up(linear_.out, amx::kTileSum),
             .out = in,
-            .w = linear_.w_t,
+            .w = transposed(workspace),
             .bias = nullptr,
             .first_low_rank = terms_.empty() ? nullptr : first_term_.data(),
             .low_ranks = terms_.data(),
@@ -136,6 +148,7 @@ void AdaptedLinear::backward(const bf16* dy, std::ptrdiff_t lddy, int num_rows, 
             .y = dx,
             .ldy = in,
             .addend = nullptr});
+  workspace.reset(mark);
 }
 
 namespace {

@@ -53,13 +53,15 @@ class AdaptedLinear {
                std::ptrdiff_t ldy, const bf16* addend) const;
 
   // dx [num_rows, in] = dy W + LoRA (skipped where null); leaves scale * dy B in ``dz``.
-  void backward(const bf16* dy, std::ptrdiff_t lddy, int num_rows, bf16* dz, bf16* dx) const;
+  void backward(const bf16* dy, std::ptrdiff_t lddy, int num_rows, bf16* dz, bf16* dx,
+                Workspace& workspace) const;
 
   // Adds dA = dz^T x and dB = dy^T z to the segments' gradients.
   void add_gradients(const bf16* x, std::ptrdiff_t ldx, const bf16* dy, std::ptrdiff_t lddy,
                      const bf16* z, const bf16* dz, Workspace& workspace) const;
 
  private:
+  Packed transposed(Workspace& workspace) const;
   const LoraGroup* group_of(const Segment& segment) const;
   bf16* tile(bf16* reduced, const Meeting& meeting) const;
   template <typename F>

@@ -16,7 +16,7 @@ namespace kernels {
 
 struct Linear {
   Packed w;    // of W [out, in]
-  Packed w_t;  // of W^T [in, out]; null where only sampling is wanted
+  Packed w_t;  // of W^T [in, out]; null: made when it is needed
   const float* bias;
   std::int32_t in, out;
 };
@@ -30,7 +30,7 @@ struct Layer {
 struct Model {
   std::int32_t num_layers, hidden, num_heads, num_kv_heads, head_dim, inner, vocab;
   float norm_eps;
-  const bf16* embedding;  // [vocab, H]
+  const bf16* embedding;  // [vocab, H]; null: the head's weights
   const Layer* layers;
   const float* final_norm;
   Linear head;

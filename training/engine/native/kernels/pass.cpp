@@ -113,8 +113,12 @@ void Pass::forward(const Batch& batch, const Cache* cache, Keep keep, bf16* hidd
   bf16* x = workspace_.take<bf16>(stream);
   for_rows([&](int begin, int end) {
     for (int row = begin; row < end; ++row) {
-      std::memcpy(x + std::ptrdiff_t(row) * model_.hidden,
-                  model_.embedding + std::ptrdiff_t(tokens_[row]) * model_.hidden,
+      bf16* to = x + std::ptrdiff_t(row) * model_.hidden;
+      if (model_.embedding == nullptr) {
+        unpack_row(model_.head.w, model_.hidden, tokens_[row], to);
+        continue;
+      }
+      std::memcpy(to, model_.embedding + std::ptrdiff_t(tokens_[row]) * model_.hidden,
                   model_.hidden * sizeof(bf16));
     }
   });
@@ -221,13 +225,14 @@ void Pass::backward_mlp(int index, LayerState& state, Gradients& gradients) {
   const Layer& layer = model_.layers[index];
   const int hidden = model_.hidden, inner = model_.inner;
   const AdaptedLinear down = linear(index, kDown), gate_up = linear(index, kGateUp);
-  down.backward(gradients.x, hidden, num_rows_, gradients.dz, gradients.act);
+  down.backward(gradients.x, hidden, num_rows_, gradients.dz, gradients.act, workspace_);
   for_rows([&](int begin, int end) {
     swiglu_backward(state.gate_up, gradients.act, gradients.gate_up, act_, inner, begin, end);
     rms_norm(state.x_mid, layer.mlp_norm, model_.norm_eps, normed_, hidden, begin, end);
   });
   down.add_gradients(act_, inner, gradients.x, hidden, state.z[kDown], gradients.dz, workspace_);
-  gate_up.backward(gradients.gate_up, 2 * inner, num_rows_, gradients.dz, gradients.normed);
+  gate_up.backward(gradients.gate_up, 2 * inner, num_rows_, gradients.dz, gradients.normed,
+                   workspace_);
   gate_up.add_gradients(normed_, hidden, gradients.gate_up, 2 * inner, state.z[kGateUp],
                         gradients.dz, workspace_);
   for_rows([&](int begin, int end) {
@@ -242,7 +247,7 @@ void Pass::backward_attention(int index, LayerState& state, Gradients& gradients
   const AttentionShape attention = shape(index);
   const std::ptrdiff_t columns = attention.columns(), queries = attention.query_columns();
   const AdaptedLinear o = linear(index, kO), qkv = linear(index, kQkv);
-  o.backward(gradients.x, hidden, num_rows_, gradients.dz, gradients.o);
+  o.backward(gradients.x, hidden, num_rows_, gradients.dz, gradients.o, workspace_);
   o.add_gradients(state.o, queries, gradients.x, hidden, state.z[kO], gradients.dz, workspace_);
   attend_backward(attention, state.qkv, columns, sequences_.data(), int(sequences_.size()), state.o,
                   gradients.o, state.lse, gradients.qkv);
@@ -255,7 +260,7 @@ void Pass::backward_attention(int index, LayerState& state, Gradients& gradients
   });
   // Nothing below the first layer is trained.
   bf16* d_normed = index > 0 ? gradients.normed : nullptr;
-  qkv.backward(gradients.qkv, columns, num_rows_, gradients.dz, d_normed);
+  qkv.backward(gradients.qkv, columns, num_rows_, gradients.dz, d_normed, workspace_);
   qkv.add_gradients(normed_, hidden, gradients.qkv, columns, state.z[kQkv], gradients.dz,
                     workspace_);
   if (index == 0) return;

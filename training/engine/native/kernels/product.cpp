@@ -278,6 +278,61 @@ void pack(const bf16* w, std::ptrdiff_t out_stride, std::ptrdiff_t in_stride, in
   }
 }
 
+namespace {
+
+// Half of a tile: S[p][o] = (W[o][2p], W[o][2p + 1]) for 8 pairs of inputs and 16 outputs becomes
+// T[q][2p + e] = (W[2q][2p + e], W[2q + 1][2p + e]): pairs swap inside 64 bits, then 8 x 8 words of
+// 64 bits are transposed.
+inline void transpose_half(const bf16* from, bf16* to) {
+  const __m512i swap = _mm512_broadcast_i32x4(
+      _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+  __m512i r[8], t[8];
+  for (int p = 0; p < 8; ++p) {
+    r[p] = _mm512_shuffle_epi8(_mm512_loadu_si512(from + p * 32), swap);
+  }
+  for (int p = 0; p < 8; p += 2) {
+    t[p] = _mm512_unpacklo_epi64(r[p], r[p + 1]);
+    t[p + 1] = _mm512_unpackhi_epi64(r[p], r[p + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {  // even words, then odd ones
+    const __m512i a = _mm512_shuffle_i64x2(t[i], t[i + 2], 0x88);
+    const __m512i b = _mm512_shuffle_i64x2(t[i + 4], t[i + 6], 0x88);
+    const __m512i c = _mm512_shuffle_i64x2(t[i], t[i + 2], 0xdd);
+    const __m512i d = _mm512_shuffle_i64x2(t[i + 4], t[i + 6], 0xdd);
+    _mm512_storeu_si512(to + (0 + i) * 32, _mm512_shuffle_i64x2(a, b, 0x88));
+    _mm512_storeu_si512(to + (4 + i) * 32, _mm512_shuffle_i64x2(a, b, 0xdd));
+    _mm512_storeu_si512(to + (2 + i) * 32, _mm512_shuffle_i64x2(c, d, 0x88));
+    _mm512_storeu_si512(to + (6 + i) * 32, _mm512_shuffle_i64x2(c, d, 0xdd));
+  }
+}
+
+}  // namespace
+
+void transpose_packed(Packed w, int out, int in, int begin, int end, bf16* transposed) {
+  const int in_tiles = in / amx::kTileSum, out_tiles = divide_up(out, 16);
+  const int steps = divide_up(out, amx::kTileSum);
+  for (int n = begin; n < end; n += 16) {
+    const bf16* from = w + std::ptrdiff_t(n / amx::kTileSum) * kTileElements +
+                       n % amx::kTileSum / 16 * (kTileElements / 2);
+    bf16* to = transposed + std::ptrdiff_t(n / 16) * steps * kTileElements;
+    for (int tile = 0; tile < out_tiles; ++tile) {
+      transpose_half(from + std::ptrdiff_t(tile) * in_tiles * kTileElements,
+                     to + std::ptrdiff_t(tile) * (kTileElements / 2));
+    }
+    if (out_tiles % 2) {
+      std::memset(to + std::ptrdiff_t(out_tiles) * (kTileElements / 2), 0, kTileElements);
+    }
+  }
+}
+
+void unpack_row(Packed w, int in, int index, bf16* row) {
+  const int in_tiles = in / amx::kTileSum;
+  const bf16* tile = w + std::ptrdiff_t(index / 16) * in_tiles * kTileElements + index % 16 * 2;
+  for (int t = 0; t < in_tiles; ++t, tile += kTileElements, row += amx::kTileSum) {
+    for (int pair = 0; pair < 16; ++pair) std::memcpy(row + 2 * pair, tile + pair * 32, 4);
+  }
+}
+
 void multiply(const Product& product) {
   switch (product.output) {
     case Output::kBf16: return multiply_as<Output::kBf16>(product);

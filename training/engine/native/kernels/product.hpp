@@ -23,6 +23,14 @@ std::size_t packed_elements(int out, int in);
 void pack(const bf16* w, std::ptrdiff_t out_stride, std::ptrdiff_t in_stride, int out, int in,
           bf16* packed);
 
+// From the packed W [out, in] the packed W^T [in, out], in multiples of 16 columns (rows of W^T)
+// [begin, end): a few milliseconds for a whole model, where keeping both would double its memory.
+// ``in`` is a multiple of 32. One thread.
+void transpose_packed(Packed w, int out, int in, int begin, int end, bf16* transposed);
+
+// Row ``index`` of W [out, in] out of its tiles.
+void unpack_row(Packed w, int in, int index, bf16* row);
+
 // What one adapter adds to the rows of one 16-row tile: z b, where z is [16, parts * rank] with zero
 // rows for those that are not its own. Columns of part p use the p-th ``rank`` columns of z.
 struct LowRank {
