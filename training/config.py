@@ -86,7 +86,7 @@ class EngineConfig(_Section):
     spill_dir: Path | None = None
     """Where adapters are put. None: ``storage.metadata_dir / "spill"``."""
     max_lora_rank: int = Field(256, gt=0)
-    micro_batch_tokens: int = Field(2048, gt=0)
+    micro_batch_tokens: int = Field(1024, gt=0)
     """Tokens whose activations are alive at once; longer sequences are checkpointed. A sample in
     progress stands still for one such micro-batch while a model trains."""
     join_operations: bool = False

@@ -75,6 +75,17 @@ def check_torch(_config: TrainingConfig) -> Iterator[Finding]:
     yield Finding("transformers", State.OK, package_version("transformers") or "not installed")
 
 
+def check_kernels(_config: TrainingConfig) -> Iterator[Finding]:
+    """Builds the engine's own kernels if need be, as the engine would."""
+    command = [sys.executable, "-m", "training.engine.native.build"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = (done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["none"])[-1]
+    if done.returncode:
+        yield Finding("kernels", State.NOTE, f"{found}; the engine computes with torch")
+    else:
+        yield Finding("kernels", State.OK, found)
+
+
 def check_processor(_config: TrainingConfig) -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cpuinfo = Path("/proc/cpuinfo")
@@ -155,6 +166,7 @@ def check_models(config: TrainingConfig) -> Iterator[Finding]:
 CHECKS: tuple[Callable[[TrainingConfig], Iterator[Finding]], ...] = (
     check_python,
     check_torch,
+    check_kernels,
     check_processor,
     check_memory,
     check_directories,

@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -116,3 +117,17 @@ def _run(command: list[str]) -> None:
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if "error" in line]
         raise BuildError(f"{command[0]} failed: {(lines or ['no message'])[0]}") from error
+
+
+def main() -> int:
+    """``python -m training.engine.native.build``: builds now. Exit code 1 where it cannot."""
+    try:
+        print(library_path())
+    except BuildError as error:
+        print(error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
