@@ -121,7 +121,9 @@ def test_a_damaged_file_is_never_used(
     bench.train(0, 1)
 
 
-def test_the_books_notice_a_file_that_nobody_wrote(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_books_notice_a_file_that_nobody_wrote(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     bench = Bench(checkpoint, tmp_path)
     bench.trainer.load_slot(0, ALL)
     bench.train(0, 0)
@@ -131,6 +133,9 @@ def test_the_books_notice_a_file_that_nobody_wrote(checkpoint: Path, tmp_path: P
     stranger.touch()
     with pytest.raises(AssertionError, match="files"):
         bench.slots.check_integrity()
+    bench.train(0, 1)
+    bench.spill_idle()
+    assert "inconsistent: files" in caplog.text  # and nothing else comes of it
     stranger.unlink()
     bench.slots.check_integrity()
     held = bench.slots.use(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import logging
 import os
 import shutil
 import struct
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from training.core.errors import DamagedFile
+
+_log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 4 << 20
 """Written between two yields: about 5 ms with its checksum."""
@@ -68,7 +71,11 @@ class SpillFile:
                     raise DamagedFile(f"{self.path.name}: the checksum of {name!r} does not match")
 
     def delete(self) -> None:
-        self.path.unlink(missing_ok=True)
+        """One that cannot be deleted is left for the end of the directory."""
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            _log.warning("a spill file is left behind: %s", error)
 
 
 def _read(file: BinaryIO, into: memoryview) -> int:
