@@ -71,7 +71,12 @@ CONFIGS: Mapping[str, PretrainedConfig] = {
     "wide": LlamaConfig(**WIDE),
 }
 """What ``model.Transformer`` computes."""
-FOREIGN_SHAPE: Mapping[str, Any] = {**SHAPE, "max_position_embeddings": 256, "pad_token_id": 0}
+FOREIGN_SHAPE: Mapping[str, Any] = {
+    **SHAPE,
+    "hidden_size": 64,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+}
 YARN: Mapping[str, Any] = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
 FOREIGN_CONFIGS: Mapping[str, PretrainedConfig] = {
     "gemma": GemmaConfig(**FOREIGN_SHAPE, head_dim=16),
