@@ -45,7 +45,7 @@ def test_masters_are_written_in_fp32_under_peft_names(trainer: Trainer, tmp_path
     trainer.export_adapter(0, tmp_path)
     tensors = load_file(tmp_path / WEIGHTS_FILE)
     first = tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
-    assert (first.dtype, tuple(first.shape)) == (torch.float32, (4, 64))
+    assert (first.dtype, tuple(first.shape)) == (torch.float32, (4, 128))
     assert "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight" in tensors
     assert "base_model.model.lm_head.lora_A.weight" in tensors
     assert len(tensors) == 2 * (2 * 7 + 1)
@@ -104,7 +104,7 @@ def test_missing_extra_and_damaged_tensors_are_refused(trainer: Trainer, tmp_pat
 def test_views_share_the_flat_buffer(trainer: Trainer) -> None:
     adapter = trainer.slot(0).adapter
     a, b, out_sizes = trainer.slot(0).layout.views(adapter.flat)[0, Group.QKV]
-    assert tuple(a.shape) == (3 * 4, 64)
+    assert tuple(a.shape) == (3 * 4, 128)
     assert tuple(b.shape) == (sum(out_sizes), 4)
     matrices = {each.path: pair for each, *pair in adapter.layout.matrices(adapter.flat)}
     k_proj = matrices["model.layers.0.self_attn.k_proj"]
