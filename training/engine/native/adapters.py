@@ -33,7 +33,7 @@ class _Pointers:
 
 
 class _Scratch:
-    """Memory to pack in, kept from one adapter to the next: from the allocator's heap it would leave
+    """Memory to pack in, kept from adapter to adapter: from the allocator's heap it would leave
     a hole each time that something small then sits in. One thread packs at a time."""
 
     def __init__(self) -> None:

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "amx.hpp"
+#include "product_tiles.hpp"
 #include "threads.hpp"
 
 namespace kernels {
@@ -17,36 +17,6 @@ constexpr int kItemRows = 128;
 // Tiles of a sum taken at once: 32 rows of x are then at most 36 KiB.
 constexpr int kMaxSteps = 18;
 constexpr int kItemsPerThread = 6;
-
-// Tile numbers must be literals: 0..3 accumulate, 4 and 5 hold rows of x, 6 and 7 columns of w.
-template <int kRowTiles, int kColumnTiles>
-inline void zero_accumulators() {
-  _tile_zero(0);
-  if constexpr (kColumnTiles == 2) _tile_zero(1);
-  if constexpr (kRowTiles == 2) _tile_zero(2);
-  if constexpr (kRowTiles == 2 && kColumnTiles == 2) _tile_zero(3);
-}
-
-// Adds x [16 or 32 rows, 32 * steps] times one or two columns of tiles.
-template <int kRowTiles, int kColumnTiles>
-inline void accumulate(const bf16* x0, const bf16* x1, std::ptrdiff_t x_bytes, Packed w0, Packed w1,
-                       int steps) {
-  amx::fence();
-  for (int k = 0; k < steps; ++k) {
-    _tile_loadd(6, w0 + std::ptrdiff_t(k) * kTileElements, 64);
-    _tile_loadd(4, x0 + k * amx::kTileSum, x_bytes);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (kRowTiles == 2) {
-      _tile_loadd(5, x1 + k * amx::kTileSum, x_bytes);
-      _tile_dpbf16ps(2, 5, 6);
-    }
-    if constexpr (kColumnTiles == 2) {
-      _tile_loadd(7, w1 + std::ptrdiff_t(k) * kTileElements, 64);
-      _tile_dpbf16ps(1, 4, 7);
-      if constexpr (kRowTiles == 2) _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-}
 
 inline int part_of(const LowRank& term, int column) {
   int part = 0;
@@ -80,18 +50,6 @@ inline void accumulate_low_ranks(const Product& p, int row_tile, int column) {
       }
     }
   }
-}
-
-struct alignas(64) Results {
-  float tile[4][16][16];  // numbered as the accumulators
-};
-
-template <int kRowTiles, int kColumnTiles>
-inline void store_accumulators(Results& results) {
-  _tile_stored(0, results.tile[0], 64);
-  if constexpr (kColumnTiles == 2) _tile_stored(1, results.tile[1], 64);
-  if constexpr (kRowTiles == 2) _tile_stored(2, results.tile[2], 64);
-  if constexpr (kRowTiles == 2 && kColumnTiles == 2) _tile_stored(3, results.tile[3], 64);
 }
 
 // One row of 16 results with bias and addend, to y.
@@ -146,15 +104,6 @@ inline void finish_rows(const Product& p, const float (*left)[16], const float (
       finish<kOutput>(p, _mm512_load_ps(right[i]), row + i, column + 16, right_lanes);
     }
   }
-}
-
-template <int kRowTiles, int kColumnTiles>
-inline void load_accumulators(const Results& results) {
-  amx::fence();
-  _tile_loadd(0, results.tile[0], 64);
-  if constexpr (kColumnTiles == 2) _tile_loadd(1, results.tile[1], 64);
-  if constexpr (kRowTiles == 2) _tile_loadd(2, results.tile[2], 64);
-  if constexpr (kRowTiles == 2 && kColumnTiles == 2) _tile_loadd(3, results.tile[3], 64);
 }
 
 // Part of a sum: tiles [begin, end) of p.in. The first one starts from zero; the last one adds what
@@ -239,99 +188,7 @@ void multiply_as(const Product& p) {
   });
 }
 
-// Edge tiles are filled up with zeros here first.
-void pack_tile(const bf16* w, std::ptrdiff_t out_stride, std::ptrdiff_t in_stride, int num_out,
-               int num_in, bf16* tile) {
-  if (in_stride == 1) {
-    if (num_out == 16 && num_in == amx::kTileSum) return amx::transpose_pairs(w, out_stride, tile);
-    alignas(64) bf16 rows[16][amx::kTileSum] = {};
-    for (int n = 0; n < num_out; ++n) std::memcpy(rows[n], w + n * out_stride, num_in * sizeof(bf16));
-    return amx::transpose_pairs(&rows[0][0], amx::kTileSum, tile);
-  }
-  // out_stride is 1: rows of the operand lie as they are, two are interleaved.
-  const __mmask16 lanes = first_lanes(num_out);
-  for (int pair = 0; pair < 16; ++pair) {
-    const bf16* even = w + 2 * pair * in_stride;
-    const __m256i a = _mm256_maskz_loadu_epi16(2 * pair < num_in ? lanes : 0, even);
-    const __m256i b = _mm256_maskz_loadu_epi16(2 * pair + 1 < num_in ? lanes : 0, even + in_stride);
-    _mm512_storeu_si512(tile + pair * 32,
-                        _mm512_or_si512(_mm512_cvtepu16_epi32(a),
-                                        _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16)));
-  }
-}
-
 }  // namespace
-
-std::size_t packed_elements(int out, int in) {
-  return std::size_t(divide_up(out, 16)) * divide_up(in, amx::kTileSum) * kTileElements;
-}
-
-void pack(const bf16* w, std::ptrdiff_t out_stride, std::ptrdiff_t in_stride, int out, int in,
-          bf16* packed) {
-  const int in_tiles = divide_up(in, amx::kTileSum);
-  for (int n = 0; n < out; n += 16) {
-    for (int k = 0; k < in_tiles * amx::kTileSum; k += amx::kTileSum) {
-      pack_tile(w + n * out_stride + k * in_stride, out_stride, in_stride, std::min(16, out - n),
-                std::min(amx::kTileSum, in - k), packed);
-      packed += kTileElements;
-    }
-  }
-}
-
-namespace {
-
-// Half of a tile: S[p][o] = (W[o][2p], W[o][2p + 1]) for 8 pairs of inputs and 16 outputs becomes
-// T[q][2p + e] = (W[2q][2p + e], W[2q + 1][2p + e]): pairs swap inside 64 bits, then 8 x 8 words of
-// 64 bits are transposed.
-inline void transpose_half(const bf16* from, bf16* to) {
-  const __m512i swap = _mm512_broadcast_i32x4(
-      _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
-  __m512i r[8], t[8];
-  for (int p = 0; p < 8; ++p) {
-    r[p] = _mm512_shuffle_epi8(_mm512_loadu_si512(from + p * 32), swap);
-  }
-  for (int p = 0; p < 8; p += 2) {
-    t[p] = _mm512_unpacklo_epi64(r[p], r[p + 1]);
-    t[p + 1] = _mm512_unpackhi_epi64(r[p], r[p + 1]);
-  }
-  for (int i = 0; i < 2; ++i) {  // even words, then odd ones
-    const __m512i a = _mm512_shuffle_i64x2(t[i], t[i + 2], 0x88);
-    const __m512i b = _mm512_shuffle_i64x2(t[i + 4], t[i + 6], 0x88);
-    const __m512i c = _mm512_shuffle_i64x2(t[i], t[i + 2], 0xdd);
-    const __m512i d = _mm512_shuffle_i64x2(t[i + 4], t[i + 6], 0xdd);
-    _mm512_storeu_si512(to + (0 + i) * 32, _mm512_shuffle_i64x2(a, b, 0x88));
-    _mm512_storeu_si512(to + (4 + i) * 32, _mm512_shuffle_i64x2(a, b, 0xdd));
-    _mm512_storeu_si512(to + (2 + i) * 32, _mm512_shuffle_i64x2(c, d, 0x88));
-    _mm512_storeu_si512(to + (6 + i) * 32, _mm512_shuffle_i64x2(c, d, 0xdd));
-  }
-}
-
-}  // namespace
-
-void transpose_packed(Packed w, int out, int in, int begin, int end, bf16* transposed) {
-  const int in_tiles = in / amx::kTileSum, out_tiles = divide_up(out, 16);
-  const int steps = divide_up(out, amx::kTileSum);
-  for (int n = begin; n < end; n += 16) {
-    const bf16* from = w + std::ptrdiff_t(n / amx::kTileSum) * kTileElements +
-                       n % amx::kTileSum / 16 * (kTileElements / 2);
-    bf16* to = transposed + std::ptrdiff_t(n / 16) * steps * kTileElements;
-    for (int tile = 0; tile < out_tiles; ++tile) {
-      transpose_half(from + std::ptrdiff_t(tile) * in_tiles * kTileElements,
-                     to + std::ptrdiff_t(tile) * (kTileElements / 2));
-    }
-    if (out_tiles % 2) {
-      std::memset(to + std::ptrdiff_t(out_tiles) * (kTileElements / 2), 0, kTileElements);
-    }
-  }
-}
-
-void unpack_row(Packed w, int in, int index, bf16* row) {
-  const int in_tiles = in / amx::kTileSum;
-  const bf16* tile = w + std::ptrdiff_t(index / 16) * in_tiles * kTileElements + index % 16 * 2;
-  for (int t = 0; t < in_tiles; ++t, tile += kTileElements, row += amx::kTileSum) {
-    for (int pair = 0; pair < 16; ++pair) std::memcpy(row + 2 * pair, tile + pair * 32, 4);
-  }
-}
 
 void multiply(const Product& product) {
   switch (product.output) {
@@ -364,93 +221,6 @@ void reduce_tile(const bf16* x, std::ptrdiff_t ldx, int in, Packed a, int rank, 
         const f32x16 value = _mm512_mul_ps(_mm512_load_ps(results.tile[half][row]), factor);
         store(to + half * 16, own ? value : _mm512_setzero_ps());
       }
-    }
-  }
-}
-
-namespace {
-
-// Tiles [rows / 32][2][512] of a right operand whose sum runs over rows, for 32 columns.
-void interleave(const OuterProduct& p, int column, bf16* tiles) {
-  const __mmask32 lanes = p.num_right - column >= 32
-                              ? ~__mmask32(0)
-                              : __mmask32((1ull << (p.num_right - column)) - 1);
-  for (int t = 0; t < p.rows; t += 2) {
-    const bf16* even = p.right + t * p.ldright + column;
-    bf16* to = tiles + std::ptrdiff_t(t / 32) * 2 * kTileElements + t % 32 / 2 * 32;
-    amx::interleave_rows(_mm512_maskz_loadu_epi16(lanes, even),
-                         _mm512_maskz_loadu_epi16(lanes, even + p.ldright), to, to + kTileElements);
-  }
-}
-
-void write_outer(const OuterProduct& p, const float (*tile)[16], float* out, int r0, int n0) {
-  const int num_r = std::min(16, p.num_left - r0), num_n = std::min(16, p.num_right - n0);
-  if (num_r <= 0 || num_n <= 0) return;
-  if (!p.transposed) {
-    const __mmask16 lanes = first_lanes(num_n);
-    for (int r = 0; r < num_r; ++r) {
-      float* to = out + (r0 + r) * p.ldout + n0;
-      f32x16 value = _mm512_load_ps(tile[r]);
-      if (p.accumulate) value = _mm512_add_ps(value, load(to, lanes));
-      store(to, value, lanes);
-    }
-    return;
-  }
-  const __m512i steps = _mm512_mullo_epi32(
-      _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(16));
-  const __mmask16 lanes = first_lanes(num_r);
-  for (int n = 0; n < num_n; ++n) {
-    float* to = out + (n0 + n) * p.ldout + r0;
-    f32x16 value = _mm512_i32gather_ps(steps, &tile[0][n], 4);
-    if (p.accumulate) value = _mm512_add_ps(value, load(to, lanes));
-    store(to, value, lanes);
-  }
-}
-
-inline void accumulate_outer(const bf16* left, int rows, const bf16* tiles) {
-  for (int t = 0; t < rows; t += amx::kTileSum, tiles += 2 * kTileElements) {
-    _tile_loadd(4, left + t, std::ptrdiff_t(rows) * 2);
-    _tile_loadd(6, tiles, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, tiles + kTileElements, 64);
-    _tile_dpbf16ps(1, 4, 7);
-  }
-}
-
-}  // namespace
-
-void add_outer_product(const OuterProduct& p) {
-  thread_local std::vector<bf16> tiles;
-  const int steps = p.rows / amx::kTileSum;
-  tiles.resize(std::max(tiles.size(), std::size_t(steps) * 2 * kTileElements));
-  Results results;
-  for (int column = 0; column < p.num_right; column += 32) {
-    interleave(p, column, tiles.data());
-    amx::fence();
-    for (int part = 0; part < p.num_parts; ++part) {
-      const bf16* left = p.left_t + std::ptrdiff_t(part) * p.left_stride * p.rows;
-      float* out = p.out + part * p.out_stride;
-      for (int r = 0; r < p.num_left; r += 16) {
-        zero_accumulators<1, 2>();
-        accumulate_outer(left + std::ptrdiff_t(r) * p.rows, p.rows, tiles.data());
-        store_accumulators<1, 2>(results);
-        write_outer(p, results.tile[0], out, r, column);
-        write_outer(p, results.tile[1], out, r, column + 16);
-      }
-    }
-  }
-}
-
-void transpose(const bf16* from, std::ptrdiff_t ldfrom, int rows, int columns, bf16* to,
-               std::ptrdiff_t ldto) {
-  for (int r = 0; r < rows; r += 16) {
-    for (int c = 0; c < columns; c += 16) {
-      alignas(64) bf16 block[16][16];
-      for (int i = 0; i < 16; ++i) {
-        const bf16* row = from + (r + i) * ldfrom + c;
-        for (int j = 0; j < 16; ++j) block[j][i] = row[j];
-      }
-      for (int j = 0; j < 16; ++j) std::memcpy(to + (c + j) * ldto + r, block[j], 32);
     }
   }
 }
