@@ -1,0 +1,132 @@
+"""Curves of training: tokens per second and memory against batch, length, tenants and rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+from benchmarks import baselines as theirs
+from benchmarks import service
+from benchmarks.baselines import TUNED, WRITTEN
+from benchmarks.curve import Curve, settled_s
+from benchmarks.memory import memory_of, reset_peak
+from benchmarks.run import Bench, Values
+from benchmarks.workload import OURS, RANK, Shape
+
+DOUBLING = (1, 2, 4, 8, 16, 32, 64)
+LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
+TENANT_RANKS = (4, 8, 16, 32)
+"""Tenants get them in turn: 15 on average. The lone tenant beside them has rank 16."""
+LENGTH_TOKENS = 4096
+"""Of the batches of different lengths, but for the one sequence that is longer."""
+LIMIT = "products in bfloat16"
+THEIR_BATCHES = (1, 8, 32)
+THEIR_LENGTHS = (128, 512, 2048)
+THEIR_RANKS = (1, 32, 128)
+THEIR_TENANTS = (1, 8)
+
+
+def batch(bench: Bench) -> Values:
+    points = {size: Shape(size, 128) for size in DOUBLING}
+    curve = speeds(bench, "sequences of 128 tokens", points, THEIR_BATCHES)
+    limit = bench.costs.train_tokens_per_s(bench.limits.gemm_flops, 128, RANK)
+    return curve.values([(x, limit) for x in points], LIMIT)
+
+
+def length(bench: Bench) -> Values:
+    points = {length: Shape(max(1, LENGTH_TOKENS // length), length) for length in LENGTHS}
+    curve = speeds(bench, "tokens of a sequence", points, THEIR_LENGTHS)
+    flops = bench.limits.gemm_flops
+    limits = [(x, bench.costs.train_tokens_per_s(flops, x, RANK)) for x in points]
+    return curve.values(limits, LIMIT)
+
+
+def speeds(
+    bench: Bench, x_name: str, points: Mapping[int, Shape], theirs_at: Sequence[int]
+) -> Curve:
+    curve = Curve(x_name, "tokens/s", bench.console)
+    with ExitStack() as stack:
+        trainer = bench.service(stack).trainer()
+        children = [stack.enter_context(bench.baselines.peft(each)) for each in (WRITTEN, TUNED)]
+        for x, shape in points.items():
+            seconds = settled_s(service.training(trainer, shape))
+            curve.add(OURS, x, shape.num_tokens / seconds)
+            for child in children if x in theirs_at else ():
+                seconds = settled_s(theirs.training(child, shape))
+                curve.add(child.name, x, shape.num_tokens / seconds)
+    return curve
+
+
+def tenants(bench: Bench) -> Values:
+    """One sequence of 128 tokens for each tenant, beside one tenant with as many."""
+    curve = Curve("tenants, 128 tokens each", "tokens/s", bench.console)
+    with ExitStack() as stack:
+        ours = bench.service(stack)
+        ranks = [TENANT_RANKS[seed % len(TENANT_RANKS)] for seed in range(max(DOUBLING))]
+        trainers = [ours.trainer(each, seed) for seed, each in enumerate(ranks)]
+        lone = trainers[ranks.index(16)]
+        child = stack.enter_context(bench.baselines.peft(WRITTEN))
+        for num in DOUBLING:
+            seconds = settled_s(service.tenants(trainers[:num], 128))
+            curve.add(OURS, num, num * 128 / seconds)
+            seconds = settled_s(service.training(lone, Shape(num, 128)))
+            curve.add(f"{OURS}, one tenant", num, num * 128 / seconds)
+            if num in THEIR_TENANTS:
+                seconds = settled_s(theirs.tenants(child, ranks[:num], 128))
+                curve.add(f"{WRITTEN.name}, one after another", num, num * 128 / seconds)
+    mean_rank = sum(TENANT_RANKS) // len(TENANT_RANKS)
+    limit = bench.costs.train_tokens_per_s(bench.limits.gemm_flops, 128, mean_rank)
+    return curve.values([(x, limit) for x in DOUBLING], LIMIT)
+
+
+def rank(bench: Bench) -> Values:
+    shape = Shape(8, 128)
+    curve = Curve("rank, 8 x 128 tokens", "tokens/s", bench.console)
+    with ExitStack() as stack:
+        ours = bench.service(stack)
+        children = [stack.enter_context(bench.baselines.peft(each)) for each in (WRITTEN, TUNED)]
+        for x in RANKS:
+            seconds = settled_s(service.training(ours.trainer(x), shape))
+            curve.add(OURS, x, shape.num_tokens / seconds)
+            for child in children if x in THEIR_RANKS else ():
+                seconds = settled_s(theirs.training(child, shape, x))
+                curve.add(child.name, x, shape.num_tokens / seconds)
+    flops = bench.limits.gemm_flops
+    return curve.values([(x, bench.costs.train_tokens_per_s(flops, 128, x)) for x in RANKS], LIMIT)
+
+
+# --------------------------------------------------------------------------- memory
+
+
+def memory_batch(bench: Bench) -> Values:
+    shapes = [Shape(1, 256), Shape(4, 256), Shape(8, 256), Shape(16, 256), Shape(32, 256)]
+    points = {shape.batch: shape for shape in shapes}
+    return memory(bench, "sequences of 256 tokens", points, (1, 4, 16)).values()
+
+
+def memory_length(bench: Bench) -> Values:
+    points = {length: Shape(1, length) for length in LENGTHS}
+    return memory(bench, "tokens of one sequence", points, (128, 1024, 4096)).values()
+
+
+def memory(
+    bench: Bench, x_name: str, points: Mapping[int, Shape], theirs_at: Sequence[int]
+) -> Curve:
+    """The most that is resident during two steps. Points ascend: what an allocator keeps from an
+    earlier one is no more than the next one needs."""
+    curve = Curve(x_name, "MiB", bench.console)
+    with ExitStack() as stack:
+        ours = bench.service(stack)
+        trainer = ours.trainer()
+        child = stack.enter_context(bench.baselines.peft(WRITTEN))
+        for x, shape in points.items():
+            ways = {OURS: (ours.engine_pid, service.training(trainer, shape))}
+            if x in theirs_at:
+                ways[WRITTEN.name] = (child.pid, theirs.training(child, shape))
+            for way, (pid, work) in ways.items():
+                reset_peak(pid)
+                work()
+                work()
+                curve.add(way, x, memory_of(pid).peak_mib)
+    return curve
