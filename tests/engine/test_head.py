@@ -46,7 +46,7 @@ def test_values_and_gradients(trainer: Trainer, data: list[Datum]) -> None:
     adapter = trainer.slot(0).adapter
     pair = adapter.group(UNEMBED_LAYER, Group.UNEMBED)
     assert pair is not None
-    hidden = torch.randn(num_rows, 64, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(num_rows, 128, generator=torch.Generator().manual_seed(0))
     sink = GradientSink(adapter.layout, torch.full((adapter.layout.num_params,), torch.nan))
     dhidden = torch.zeros_like(hidden)
 
@@ -85,7 +85,7 @@ def test_values_and_gradients(trainer: Trainer, data: list[Datum]) -> None:
 
 def test_rows_without_a_derivative_get_no_gradient(trainer: Trainer) -> None:
     (datum,) = sft_data((30,))
-    hidden = torch.randn(30, 64)
+    hidden = torch.randn(30, 128)
     dhidden = torch.zeros_like(hidden)
     with torch.no_grad():
         segment = Segment(trainer.slot(0).adapter, 0, 30)
