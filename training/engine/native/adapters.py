@@ -32,22 +32,6 @@ class _Pointers:
         return address
 
 
-class _Scratch:
-    """Memory to pack in, kept from adapter to adapter: from the allocator's heap it would leave
-    a hole each time that something small then sits in. One thread packs at a time."""
-
-    def __init__(self) -> None:
-        self._flat = torch.empty(0, dtype=torch.bfloat16)
-
-    def of(self, num_params: int) -> torch.Tensor:
-        if self._flat.numel() < num_params:
-            self._flat = new_flat(num_params, torch.device("cpu"), torch.bfloat16)
-        return self._flat
-
-
-_scratch = _Scratch()
-
-
 class NativeAdapter(Adapter):
     """Matrices in tiles of bfloat16; those of the backward pass only where ``trainable``.
 
@@ -116,11 +100,8 @@ class NativeAdapter(Adapter):
 
     def update(self, weights_fp32: torch.Tensor) -> None:
         weights = weights_fp32.contiguous()
-        scratch = _scratch.of(self.layout.num_params)
         status = self._kernels.tc_pack_adapter(
             weights.data_ptr(),
-            self.layout.num_params,
-            scratch.data_ptr(),
             self._groups,
             self._inputs,
             len(self._inputs),

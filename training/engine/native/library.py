@@ -136,10 +136,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "tc_set_num_threads": (None, (c_int32,)),
     "tc_packed_elements": (c_int64, (c_int32, c_int32)),
     "tc_pack_linear": (None, (c_void_p, c_int32, c_int32, c_void_p, c_void_p)),
-    "tc_pack_adapter": (
-        c_int32,
-        (c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int32, c_int32, c_int32),
-    ),
+    "tc_pack_adapter": (c_int32, (*(c_void_p,) * 3, *(c_int32,) * 3)),
     "tc_multiply": (None, (c_void_p, c_int32, c_int32, c_int32, c_void_p, c_void_p)),
     "tc_pass_new": (c_void_p, (c_void_p,)),
     "tc_pass_free": (None, (c_void_p,)),
