@@ -9,20 +9,27 @@ using amx::kTileElements;
 
 namespace {
 
-// Edge tiles are filled up with zeros here first.
+// ``num_out`` columns and ``num_in`` elements of the sum; where either is short, memory that holds
+// zeros already may keep them: ranks below 32 cost as little as they have.
 void pack_tile(const bf16* w, std::ptrdiff_t out_stride, std::ptrdiff_t in_stride, int num_out,
                int num_in, bf16* tile) {
-  if (in_stride == 1) {
-    if (num_out == 16 && num_in == amx::kTileSum) return amx::transpose_pairs(w, out_stride, tile);
+  if (in_stride == 1 && num_in == amx::kTileSum) {
+    if (num_out == 16) return amx::transpose_pairs(w, out_stride, tile);
     alignas(64) bf16 rows[16][amx::kTileSum] = {};
-    for (int n = 0; n < num_out; ++n) std::memcpy(rows[n], w + n * out_stride, num_in * sizeof(bf16));
+    for (int n = 0; n < num_out; ++n) std::memcpy(rows[n], w + n * out_stride, sizeof rows[n]);
     return amx::transpose_pairs(&rows[0][0], amx::kTileSum, tile);
+  }
+  if (in_stride == 1) {
+    for (int k = 0; k < num_in; ++k) {
+      for (int n = 0; n < num_out; ++n) tile[k / 2 * 32 + n * 2 + k % 2] = w[n * out_stride + k];
+    }
+    return;
   }
   // out_stride is 1: rows of the operand lie as they are, two are interleaved.
   const __mmask16 lanes = first_lanes(num_out);
-  for (int pair = 0; pair < 16; ++pair) {
+  for (int pair = 0; 2 * pair < num_in; ++pair) {
     const bf16* even = w + 2 * pair * in_stride;
-    const __m256i a = _mm256_maskz_loadu_epi16(2 * pair < num_in ? lanes : 0, even);
+    const __m256i a = _mm256_maskz_loadu_epi16(lanes, even);
     const __m256i b = _mm256_maskz_loadu_epi16(2 * pair + 1 < num_in ? lanes : 0, even + in_stride);
     _mm512_storeu_si512(tile + pair * 32,
                         _mm512_or_si512(_mm512_cvtepu16_epi32(a),

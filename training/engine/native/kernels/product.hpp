@@ -19,7 +19,8 @@ using Packed = const bf16*;
 
 std::size_t packed_elements(int out, int in);
 
-// Element (n, k) of the operand is w[n * out_stride + k * in_stride]; one stride is 1. One thread.
+// Element (n, k) of the operand is w[n * out_stride + k * in_stride]; one stride is 1. What pads
+// ``in`` to whole tiles is not written: it must be zero. One thread.
 void pack(const bf16* w, std::ptrdiff_t out_stride, std::ptrdiff_t in_stride, int out, int in,
           bf16* packed);
 
