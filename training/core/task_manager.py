@@ -29,6 +29,7 @@ from training.core.errors import (
     TinkercloudError,
     UserError,
 )
+from training.core.gathering import Gathering
 from training.core.model_queue import ModelQueue
 from training.core.operations import CallWork, Operation, OptimWork, RefusedWork, TrainWork
 from training.core.planner import Plan, PlanKind, plan_next
@@ -69,6 +70,7 @@ class TaskManager:
         self._queues: dict[str, ModelQueue] = {}
         self._closed: dict[str, TinkercloudError] = {}
         self._gap_since_s: dict[str, float] = {}
+        self._gathering = Gathering()
         self._between: list[tuple[Callable[[], Awaitable[None]], asyncio.Future[None]]] = []
         self._wake = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
@@ -96,6 +98,7 @@ class TaskManager:
         """Fails what is queued, and whatever still arrives, with ``error``."""
         self._closed[model_id] = error
         self._gap_since_s.pop(model_id, None)
+        self._gathering.forget(model_id)
         queue = self._queues.pop(model_id, None)
         for operation in queue.drain() if queue else []:
             self._settle(operation, failed(error))
@@ -152,6 +155,10 @@ class TaskManager:
             if plan is None:
                 await self._sleep()
                 continue
+            models = (run[0].model_id for run in ready)
+            if pause_s := self._gathering.pause_s(plan, models, time.monotonic()):
+                await self._sleep(pause_s)
+                continue
             for operation in plan.operations:
                 self._queues[operation.model_id].pop(operation)
             await self._execute(plan)
@@ -172,9 +179,13 @@ class TaskManager:
             else:
                 done.set_exception(failure)
 
-    async def _sleep(self) -> None:
+    async def _sleep(self, at_most_s: float | None = None) -> None:
+        """Until something arrives, a gap is to be given up, or ``at_most_s`` are over."""
+        now = time.monotonic()
         deadlines = [since + self._gap_timeout_s for since in self._gap_since_s.values()]
-        timeout = max(min(deadlines) - time.monotonic(), 0.0) if deadlines else None
+        if at_most_s is not None:
+            deadlines.append(now + at_most_s)
+        timeout = max(min(deadlines) - now, 0.0) if deadlines else None
         try:
             await asyncio.wait_for(self._wake.wait(), timeout)
         except TimeoutError:
@@ -203,6 +214,7 @@ class TaskManager:
         try:
             with metrics.UNIT_SECONDS.labels(plan.kind.value).time():
                 await self._run_plan(plan)
+            self._gathering.ran(plan, now, time.monotonic())
         except BackendDead as error:
             # Windows are spoiled for models of the plan that live on in the engine's successor.
             self._fail(plan.operations, error, plan.kind)
