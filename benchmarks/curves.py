@@ -28,7 +28,9 @@ PARTS: Mapping[str, Part] = {
 
 
 def main() -> None:
-    run_parts("curves", PARTS, parser_of(__doc__).parse_args())
+    parser = parser_of(__doc__)
+    parser.add_argument("--points", type=int, help="only so many of each curve; to try it out")
+    run_parts("curves", PARTS, parser.parse_args())
 
 
 if __name__ == "__main__":

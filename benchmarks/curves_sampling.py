@@ -24,6 +24,7 @@ SAMPLE_TOKENS = 16
 
 def concurrency(bench: Bench) -> Values:
     """Of the base model, and with one of 32 adapters for each request."""
+    points = bench.some(REQUESTS)
     curve = Curve("requests at once", "tokens/s", bench.console)
     with ExitStack() as stack:
         ours = bench.service(stack)
@@ -32,7 +33,7 @@ def concurrency(bench: Bench) -> Values:
             f"{OURS}, {NUM_ADAPTERS} adapters": ours.adapter_samplers(NUM_ADAPTERS),
         }
         vllm = stack.enter_context(bench.baselines.maybe_vllm())
-        for num in REQUESTS:
+        for num in points:
             ways = {way: service.sampling(each, num) for way, each in samplers.items()}
             if vllm is not None:
                 ways[VLLM] = theirs.sampling(vllm, num)
@@ -41,18 +42,19 @@ def concurrency(bench: Bench) -> Values:
     flops, bytes_s = bench.limits.gemm_flops, bench.limits.weights_bytes_s
     limits = [
         (num, bench.costs.sample_tokens_per_s(flops, bytes_s, num, PROMPT_TOKENS, NEW_TOKENS))
-        for num in REQUESTS
+        for num in points
     ]
     return curve.values(limits, "memory and products")
 
 
 def first_token(bench: Bench) -> Values:
     """A request alone, for one token."""
+    points = bench.some(PROMPTS)
     curve = Curve("tokens of the prompt", "ms", bench.console)
     with ExitStack() as stack:
         samplers = [bench.service(stack).sampler()]
         vllm = stack.enter_context(bench.baselines.maybe_vllm(context_length=CONTEXT_LENGTH))
-        for num in PROMPTS:
+        for num in points:
             ways = {OURS: service.sampling(samplers, 1, num, 1)}
             if vllm is not None and num in THEIR_PROMPTS:
                 ways[VLLM] = theirs.sampling(vllm, 1, num, 1)
@@ -60,7 +62,7 @@ def first_token(bench: Bench) -> Values:
                 curve.add(way, num, 1000 * settled_s(work))
     flops, bytes_s = bench.limits.gemm_flops, bench.limits.weights_bytes_s
     read_s = 2 * bench.costs.num_weights / bytes_s
-    limits = [(num, 1000 * max(read_s, bench.costs.prefill_s(flops, num))) for num in PROMPTS]
+    limits = [(num, 1000 * max(read_s, bench.costs.prefill_s(flops, num))) for num in points]
     return curve.values(limits, "memory and products")
 
 

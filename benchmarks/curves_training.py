@@ -17,25 +17,28 @@ DOUBLING = (1, 2, 4, 8, 16, 32, 64)
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 TENANT_RANKS = (4, 8, 16, 32)
-"""Tenants get them in turn: 15 on average. The lone tenant beside them has rank 16."""
-LENGTH_TOKENS = 4096
-"""Of the batches of different lengths, but for the one sequence that is longer."""
+"""Tenants get them in turn: 15 on average. """
+LONE_RANK = 16
+LENGTH_TOKENS = 2048
+"""Of the batches of different lengths, but for sequences that are longer."""
 LIMIT = "products in bfloat16"
-THEIR_BATCHES = (1, 8, 32)
+THEIR_BATCHES = (1, 8, 16)
 THEIR_LENGTHS = (128, 512, 2048)
 THEIR_RANKS = (1, 32, 128)
 THEIR_TENANTS = (1, 8)
 
 
 def batch(bench: Bench) -> Values:
-    points = {size: Shape(size, 128) for size in DOUBLING}
+    points = {size: Shape(size, 128) for size in bench.some(DOUBLING)}
     curve = speeds(bench, "sequences of 128 tokens", points, THEIR_BATCHES)
     limit = bench.costs.train_tokens_per_s(bench.limits.gemm_flops, 128, RANK)
     return curve.values([(x, limit) for x in points], LIMIT)
 
 
 def length(bench: Bench) -> Values:
-    points = {length: Shape(max(1, LENGTH_TOKENS // length), length) for length in LENGTHS}
+    points = {
+        length: Shape(max(1, LENGTH_TOKENS // length), length) for length in bench.some(LENGTHS)
+    }
     curve = speeds(bench, "tokens of a sequence", points, THEIR_LENGTHS)
     flops = bench.limits.gemm_flops
     limits = [(x, bench.costs.train_tokens_per_s(flops, x, RANK)) for x in points]
@@ -60,14 +63,15 @@ def speeds(
 
 def tenants(bench: Bench) -> Values:
     """One sequence of 128 tokens for each tenant, beside one tenant with as many."""
+    points = bench.some(DOUBLING)
     curve = Curve("tenants, 128 tokens each", "tokens/s", bench.console)
     with ExitStack() as stack:
         ours = bench.service(stack)
-        ranks = [TENANT_RANKS[seed % len(TENANT_RANKS)] for seed in range(max(DOUBLING))]
+        ranks = [TENANT_RANKS[seed % len(TENANT_RANKS)] for seed in range(max(points))]
         trainers = [ours.trainer(each, seed) for seed, each in enumerate(ranks)]
-        lone = trainers[ranks.index(16)]
+        lone = ours.trainer(LONE_RANK)
         child = stack.enter_context(bench.baselines.peft(WRITTEN))
-        for num in DOUBLING:
+        for num in points:
             seconds = settled_s(service.tenants(trainers[:num], 128))
             curve.add(OURS, num, num * 128 / seconds)
             seconds = settled_s(service.training(lone, Shape(num, 128)))
@@ -77,36 +81,35 @@ def tenants(bench: Bench) -> Values:
                 curve.add(f"{WRITTEN.name}, one after another", num, num * 128 / seconds)
     mean_rank = sum(TENANT_RANKS) // len(TENANT_RANKS)
     limit = bench.costs.train_tokens_per_s(bench.limits.gemm_flops, 128, mean_rank)
-    return curve.values([(x, limit) for x in DOUBLING], LIMIT)
+    return curve.values([(x, limit) for x in points], LIMIT)
 
 
 def rank(bench: Bench) -> Values:
-    shape = Shape(8, 128)
+    shape, points = Shape(8, 128), bench.some(RANKS)
     curve = Curve("rank, 8 x 128 tokens", "tokens/s", bench.console)
     with ExitStack() as stack:
         ours = bench.service(stack)
         children = [stack.enter_context(bench.baselines.peft(each)) for each in (WRITTEN, TUNED)]
-        for x in RANKS:
+        for x in points:
             seconds = settled_s(service.training(ours.trainer(x), shape))
             curve.add(OURS, x, shape.num_tokens / seconds)
             for child in children if x in THEIR_RANKS else ():
                 seconds = settled_s(theirs.training(child, shape, x))
                 curve.add(child.name, x, shape.num_tokens / seconds)
     flops = bench.limits.gemm_flops
-    return curve.values([(x, bench.costs.train_tokens_per_s(flops, 128, x)) for x in RANKS], LIMIT)
+    return curve.values([(x, bench.costs.train_tokens_per_s(flops, 128, x)) for x in points], LIMIT)
 
 
 # --------------------------------------------------------------------------- memory
 
 
 def memory_batch(bench: Bench) -> Values:
-    shapes = [Shape(1, 256), Shape(4, 256), Shape(8, 256), Shape(16, 256), Shape(32, 256)]
-    points = {shape.batch: shape for shape in shapes}
+    points = {size: Shape(size, 256) for size in bench.some((1, 4, 8, 16, 32))}
     return memory(bench, "sequences of 256 tokens", points, (1, 4, 16)).values()
 
 
 def memory_length(bench: Bench) -> Values:
-    points = {length: Shape(1, length) for length in LENGTHS}
+    points = {length: Shape(1, length) for length in bench.some(LENGTHS)}
     return memory(bench, "tokens of one sequence", points, (128, 1024, 4096)).values()
 
 

@@ -6,7 +6,7 @@ import argparse
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,10 @@ class Bench:
     def service(self, stack: ExitStack, **engine: Any) -> Service:
         """A server of its own; ``engine``: settings of that section."""
         return stack.enter_context(local_service(self.options.model, self.options.threads, engine))
+
+    def some(self, points: Sequence[int]) -> Sequence[int]:
+        """The first ones, if that is all one wants to see."""
+        return points[: self.options.points]
 
 
 Part = Callable[[Bench], Values]

@@ -12,7 +12,7 @@ import numpy as np
 OURS = "tinkercloud"
 """The first way of every comparison."""
 RANK = 32
-TENANT_RANKS = (4, 8, 8, 16, 16, 32, 32, 64)
+TENANT_RANKS = (4, 8, 12, 16, 20, 24, 28, 32)
 """Of the 8 tenants that train at once; 22.5 on average."""
 PROMPT_TOKENS, NEW_TOKENS = 64, 128
 VOCAB_SIZE = 49152
@@ -82,6 +82,20 @@ def take_turns(
         for way in order:
             seconds[way].append(ways[way]())
     return seconds
+
+
+def as_in_a_loop(work: Work, long_s: float = 5.0) -> Work:
+    """Does the work again where it was short, and counts the second time.
+
+    Virtual machines give idle memory back to their host: fresh pages were seen to cost 2.5 s/GiB
+    after a pause of 20 s, 0.5 within a loop. Programs that keep their memory do not care.
+    """
+
+    def twice() -> float:
+        first = work()
+        return first if first > long_s else work()
+
+    return twice
 
 
 class Case(NamedTuple):
