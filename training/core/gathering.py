@@ -33,8 +33,10 @@ class Gathering:
             self._last_s.pop((kind, model_id), None)
 
     def pause_s(self, plan: Plan, ready: Iterable[str], now_s: float) -> float:
-        """How long to wait before ``plan`` runs, given the models that have something to do. 0 where
-        nobody is missing, or the oldest operation has waited long enough."""
+        """How long to wait before ``plan`` runs. ``ready``: the models with something to do.
+
+        0 where nobody is missing, or the oldest operation has waited long enough.
+        """
         unit_s = self._unit_s.get(plan.kind)
         if unit_s is None:
             return 0.0
