@@ -44,7 +44,7 @@ def concurrency(bench: Bench) -> Values:
         (num, bench.costs.sample_tokens_per_s(flops, bytes_s, num, PROMPT_TOKENS, NEW_TOKENS))
         for num in points
     ]
-    return curve.values(limits, "memory and products")
+    return curve.values(limits, "memory, bfloat16")
 
 
 def first_token(bench: Bench) -> Values:
@@ -63,7 +63,7 @@ def first_token(bench: Bench) -> Values:
     flops, bytes_s = bench.limits.gemm_flops, bench.limits.weights_bytes_s
     read_s = 2 * bench.costs.num_weights / bytes_s
     limits = [(num, 1000 * max(read_s, bench.costs.prefill_s(flops, num))) for num in points]
-    return curve.values(limits, "memory and products")
+    return curve.values(limits, "memory, bfloat16")
 
 
 def while_training(bench: Bench) -> Values:

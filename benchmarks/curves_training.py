@@ -21,7 +21,7 @@ TENANT_RANKS = (4, 8, 16, 32)
 LONE_RANK = 16
 LENGTH_TOKENS = 2048
 """Of the batches of different lengths, but for sequences that are longer."""
-LIMIT = "products in bfloat16"
+LIMIT = "bfloat16"
 THEIR_BATCHES = (1, 8, 16)
 THEIR_LENGTHS = (128, 512, 2048)
 THEIR_RANKS = (1, 32, 128)
@@ -78,7 +78,7 @@ def tenants(bench: Bench) -> Values:
             curve.add(f"{OURS}, one tenant", num, num * 128 / seconds)
             if num in THEIR_TENANTS:
                 seconds = settled_s(theirs.tenants(child, ranks[:num], 128))
-                curve.add(f"{WRITTEN.name}, one after another", num, num * 128 / seconds)
+                curve.add("PEFT, one after another", num, num * 128 / seconds)
     mean_rank = sum(TENANT_RANKS) // len(TENANT_RANKS)
     limit = bench.costs.train_tokens_per_s(bench.limits.gemm_flops, 128, mean_rank)
     return curve.values([(x, limit) for x in points], LIMIT)

@@ -16,11 +16,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks import results, tables
-from benchmarks.baselines import TUNED, VLLM, WRITTEN
+from benchmarks.baselines import TUNED, VLLM
 from benchmarks.children import REPOSITORY
 from benchmarks.workload import OURS
 
 IMAGES = REPOSITORY / "docs" / "images" / "performance"
+FONT = "DejaVu Sans"
+READERS_FONTS = "system-ui, 'Segoe UI', Helvetica, Arial, sans-serif"
+"""Those of the page; narrower than the one that lays the plot out, so all fits."""
 WIDTH, HEIGHT = 7.6, 3.9  # inches; GitHub shows about 830 pixels
 
 
@@ -35,7 +38,7 @@ class Theme(NamedTuple):
 
 THEMES = {
     "light": Theme("#1f2328", "#d1d9e0", "#0969da", "#54aeff", "#bc4c00", "#9a6700"),
-    "dark": Theme("#f0f6fc", "#3d444d", "#4493f8", "#1f6feb", "#f0883e", "#d29922"),
+    "dark": Theme("#f0f6fc", "#3d444d", "#4493f8", "#a5d6ff", "#f0883e", "#d29922"),
 }
 TITLES = {
     "batch": "Training: tokens per second against batch size",
@@ -47,7 +50,7 @@ TITLES = {
     "memory_batch": "Training: peak memory against batch size",
     "memory_length": "Training: peak memory against sequence length",
 }
-LOGARITHMIC = ("first_token",)
+LOGARITHMIC = ("first_token", "concurrency")
 
 
 class Line(NamedTuple):
@@ -64,7 +67,7 @@ def line_of(way: str, theme: Theme) -> Line:
         return Line(theme.ours_too, "-", "s")
     if way.startswith(TUNED.name):
         return Line(theme.baseline_too, "-", "v")
-    if way.startswith((WRITTEN.name, VLLM)):
+    if way.startswith(("PEFT", VLLM)):
         return Line(theme.baseline, "-", "^")
     raise KeyError(way)
 
@@ -85,17 +88,18 @@ def new_axes(theme: Theme, title: str) -> tuple[Figure, Axes]:
 
 
 def legend(axes: Axes, theme: Theme) -> None:
-    axes.legend(
+    drawn = axes.legend(
         loc="lower left",
         bbox_to_anchor=(-0.01, 1.0),
         ncols=4,
         frameon=False,
         labelcolor=theme.text,
         fontsize=9.5,
-        handlelength=1.8,
-        columnspacing=1.4,
+        handlelength=1.6,
+        columnspacing=1.2,
         borderpad=0.2,
     )
+    drawn.set_in_layout(False)  # else a long one would squeeze the axes
 
 
 def draw_curve(part: Mapping[str, Any], name: str, theme: Theme) -> Figure:
@@ -122,10 +126,12 @@ def draw_curve(part: Mapping[str, Any], name: str, theme: Theme) -> Figure:
     axes.set_xscale("log", base=2)
     axes.set_xticks(xs, [f"{x:g}" for x in xs])
     axes.minorticks_off()
-    axes.set_xlabel(part["x"], color=theme.text, fontsize=9.5)
+    pad = 24 if "machine" in part else 4
+    axes.set_xlabel(part["x"], color=theme.text, fontsize=9.5, labelpad=pad)
     axes.set_ylabel(part["unit"], color=theme.text, fontsize=9.5)
     if name in LOGARITHMIC:
         axes.set_yscale("log")
+        axes.set_yticks(steps_between(*axes.get_ylim()))
         axes.minorticks_off()
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:,g}")
     else:
@@ -135,21 +141,23 @@ def draw_curve(part: Mapping[str, Any], name: str, theme: Theme) -> Figure:
     return figure
 
 
+def steps_between(low: float, high: float) -> list[float]:
+    """1, 2, 5, 10, 20 ... as far as they lie within."""
+    steps = [digit * 10.0**power for power in range(-1, 7) for digit in (1, 2, 5)]
+    return [step for step in steps if low <= step <= high]
+
+
 def label_shares(axes: Axes, part: Mapping[str, Any], theme: Theme) -> None:
-    """How much of the limit ours reaches, at each of its points."""
+    """How much of the limit ours reaches at each of its points: a row under the numbers of x, where
+    no line is in the way."""
     limits = dict(part["machine"]["points"])
     rising = part["unit"] == "tokens/s"
-    for x, y in part["series"][OURS]:
-        share = y / limits[x] if rising else limits[x] / y
-        axes.annotate(
-            f"{100 * share:.0f} %",
-            (x, y),
-            xytext=(0, 7),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8.5,
-            color=theme.ours,
-        )
+    shares = {x: y / limits[x] if rising else limits[x] / y for x, y in part["series"][OURS]}
+    text: dict[str, Any] = {"y": -0.155, "fontsize": 9.0, "color": theme.ours}
+    axes.text(-0.01, s="of limit", ha="right", transform=axes.transAxes, **text)
+    for x, share in shares.items():
+        place = axes.get_xaxis_transform()
+        axes.text(x, s=f"{100 * share:.0f} %", ha="center", transform=place, **text)
 
 
 def draw_latencies(part: Mapping[str, Any], theme: Theme) -> Figure:
@@ -160,7 +168,7 @@ def draw_latencies(part: Mapping[str, Any], theme: Theme) -> Figure:
     for row, (work, states) in enumerate(part["latencies_ms"].items()):
         names.append(work)
         for number, (state, all_ms) in enumerate(states.items()):
-            heights = [row + 0.16 - 0.32 * number] * len(all_ms)
+            heights = [row - 0.16 + 0.32 * number] * len(all_ms)
             label = state if row == 0 else None
             color = colors[state]
             axes.plot(all_ms, heights, "o", color=color, alpha=0.55, markersize=6, label=label)
@@ -194,6 +202,7 @@ def save_all(
                 figure.savefig(path, dpi=120)
             else:
                 figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
+                path.write_text(path.read_text().replace(f"'{FONT}'", READERS_FONTS))
         say(f"{directory.name}/{name}.{suffix}")
 
 
@@ -206,7 +215,7 @@ def main() -> None:
     matplotlib.rcParams |= {
         "svg.fonttype": "none",
         "svg.hashsalt": "tinkercloud",
-        "font.family": ["DejaVu Sans", "Helvetica", "Arial", "sans-serif"],
+        "font.family": FONT,
     }
     curves = results.load("curves", options.directory)
     if options.png is not None:
