@@ -40,7 +40,8 @@ BLOCK_STEPS = 20
 
 def turns(bench: Bench, name: str, ways: Mapping[str, Work], num_tokens: int) -> Case:
     looped = {way: as_in_a_loop(work) for way, work in ways.items()}
-    case = Case(name, take_turns(looped, bench.options.rounds), num_tokens)
+    options = bench.options
+    case = Case(name, take_turns(looped, options.rounds, options.budget), num_tokens)
     bench.console.print(f"[bold]{name}[/]")
     for way in case.seconds:
         ratio = "" if way == OURS else f"  ({OURS} is {case.ratio(OURS, way):.2f}x)"
@@ -215,6 +216,9 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--shapes", nargs="*", default=["8x128", "8x512", "32x256"])
     parser.add_argument("--rounds", type=int, default=5, help="counted ones, after the first")
+    parser.add_argument(
+        "--budget", type=float, default=60.0, help="seconds after which no further round begins"
+    )
     parser.add_argument("--memory-steps", type=int, default=20)
     run_parts("compare", PARTS, parser.parse_args())
 

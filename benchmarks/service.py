@@ -71,7 +71,7 @@ class Service(NamedTuple):
             for seed in range(num):
                 trainer = self._replace(client=client).trainer(rank, seed)
                 step(trainer, sdk_data(training_rows(Shape(1, 16), seed)))()
-                paths.append(trainer.save_weights_for_sampler(f"adapter {seed}").result().path)
+                paths.append(trainer.save_weights_for_sampler(f"adapter-{seed}").result().path)
         return [self.client.create_sampling_client(model_path=path) for path in paths]
 
 
