@@ -23,6 +23,7 @@ from training.backends.base import Int32Array, SampleRequest
 from training.config import EngineConfig
 from training.engine.adapter import Adapter, AdapterLayout, Segment
 from training.engine.decoder import Chunk, HeadPass, KvCache, TrainingPass
+from training.engine.optimizer import AdamArithmetic, TorchAdam
 from training.engine.projections import AdaptedGroup, Part
 from training.engine.sampler import Sampler
 from training.engine.sampling import Vocabulary
@@ -57,6 +58,7 @@ class NoDecoder:
     dtype = torch.float32
     is_batch_invariant = True
     vocabulary: Vocabulary = TorchVocabulary()
+    adam: AdamArithmetic = TorchAdam()
 
     def __init__(self) -> None:
         self._hidden = torch.zeros(4096, Shape.hidden_size)
