@@ -34,10 +34,10 @@ class Curve:
 
 
 def settled_s(work: Work, budget_s: float = 3.0, most: int = 5) -> float:
-    """Median of the runs after the first. Only one that takes five times the budget
+    """Median of the runs after the first. Only one that takes ten times the budget
     stands for all: the first meets cold memory (see ``as_in_a_loop``)."""
     first = work()
-    if first > 5 * budget_s:
+    if first > 10 * budget_s:
         return first
     seconds: list[float] = []
     while len(seconds) < most and (not seconds or first + sum(seconds) < budget_s):

@@ -72,7 +72,7 @@ class Service(NamedTuple):
                 trainer = self._replace(client=client).trainer(rank, seed)
                 step(trainer, sdk_data(training_rows(Shape(1, 16), seed)))()
                 paths.append(trainer.save_weights_for_sampler(f"adapter-{seed}").result().path)
-        return [self.client.create_sampling_client(model_path=path) for path in paths]
+        return [self.client.create_sampling_client(model_path=path).result() for path in paths]
 
 
 @contextmanager

@@ -64,16 +64,17 @@ def take_turns(
     ways: Mapping[str, Work],
     rounds: int,
     budget_s: float = float("inf"),
+    warm_up: bool = True,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each way, ``rounds`` times in turn. The first turn warms up and is not counted.
+    """Seconds of each way, ``rounds`` times in turn; ``warm_up``: after one not counted.
 
     After ``budget_s`` no further round begins, but one is always counted. Every second round goes
     backwards: who runs after whom makes no difference then.
     """
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     start = clock()
-    for work in ways.values():
+    for work in ways.values() if warm_up else ():
         work()
     for number in range(rounds):
         if number and clock() - start > budget_s:
@@ -84,16 +85,17 @@ def take_turns(
     return seconds
 
 
-def as_in_a_loop(work: Work, long_s: float = 5.0) -> Work:
-    """Does the work again where it was short, and counts the second time.
+def as_in_a_loop(work: Work) -> Work:
+    """Does the work twice and counts the second time.
 
     Virtual machines give idle memory back to their host: fresh pages were seen to cost 2.5 s/GiB
-    after a pause of 20 s, 0.5 within a loop. Programs that keep their memory do not care.
+    after a pause of 20 s, 0.5 within a loop. Programs that keep their memory do not care; those
+    that do not would be punished for every pause in which others have their turn.
     """
 
     def twice() -> float:
-        first = work()
-        return first if first > long_s else work()
+        work()
+        return work()
 
     return twice
 
