@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -80,6 +81,7 @@ def run_parts(file: str, parts: Mapping[str, Part], options: argparse.Namespace)
 def abandon() -> None:
     """Ends servers and baselines with this process. In order it could take minutes: the SDK tries
     for long to say goodbye to a server that is gone."""
+    print("told to end", file=sys.stderr, flush=True)
     for pid in children_of(os.getpid()):
         os.kill(pid, signal.SIGTERM)
         os.kill(pid, signal.SIGCONT)
