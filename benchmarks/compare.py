@@ -10,7 +10,7 @@ printed, every time is kept in docs/performance/compare.json.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 from benchmarks import baselines as theirs
@@ -53,7 +53,7 @@ def turns(bench: Bench, name: str, ways: Mapping[str, Work], num_tokens: int) ->
 
 
 def train(bench: Bench) -> Values:
-    cases = []
+    cases, limits = [], {}
     for text in bench.options.shapes:
         shape = Shape.parse(text)
         with ExitStack() as stack:
@@ -64,7 +64,9 @@ def train(bench: Bench) -> Values:
                 ways[variant.name] = theirs.training(child, shape)
             name = f"training step, {shape.batch} x {shape.length} tokens"
             cases.append(turns(bench, name, ways, shape.num_tokens))
-    return {"cases": cases, "rank": RANK}
+            flops = bench.limits.gemm_flops
+            limits[name] = bench.costs.train_tokens_per_s(flops, shape.length, RANK)
+    return {"cases": cases, "rank": RANK, "machine": limits}
 
 
 def tuning(bench: Bench) -> Values:
@@ -115,7 +117,7 @@ def sample(bench: Bench) -> Values:
                 ways[VLLM] = theirs.sampling(vllm, requests)
             ways[GENERATE] = theirs.sampling(transformers, requests)
             cases.append(turns(bench, sampling_name(requests), ways, requests * NEW_TOKENS))
-    return {"cases": cases}
+    return {"cases": cases, "machine": sampling_limits(bench, cases, with_adapters=False)}
 
 
 def adapters(bench: Bench) -> Values:
@@ -135,7 +137,19 @@ def adapters(bench: Bench) -> Values:
                 ways[VLLM] = theirs.sampling(vllm, requests)
             name = f"{sampling_name(requests)}, an adapter each"
             cases.append(turns(bench, name, ways, requests * NEW_TOKENS))
-    return {"cases": cases, "rank": RANK}
+    limits = sampling_limits(bench, cases, with_adapters=True)
+    return {"cases": cases, "rank": RANK, "machine": limits}
+
+
+def sampling_limits(bench: Bench, cases: Sequence[Case], with_adapters: bool) -> dict[str, float]:
+    """Tokens per second that memory and products allow, of the cases of ``CONCURRENCY``."""
+    flops, bytes_s = bench.limits.gemm_flops, bench.limits.weights_bytes_s
+    return {
+        case.name: bench.costs.sample_tokens_per_s(
+            flops, bytes_s, num, PROMPT_TOKENS, NEW_TOKENS, num if with_adapters else 0
+        )
+        for num, case in zip(CONCURRENCY, cases, strict=True)
+    }
 
 
 def sampling_name(requests: int) -> str:

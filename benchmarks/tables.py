@@ -62,21 +62,24 @@ def cases_of(part: Measured) -> list[Case]:
 
 
 def beside(part: Measured, baselines: Sequence[str]) -> str:
-    """A row for each case: ours, each baseline, and how many times faster ours is."""
+    """A row for each case: ours, each baseline, how many times faster ours is, and how near it
+    comes to the machine's limit."""
     cases = cases_of(part)
     there = [way for way in baselines if any(way in case.seconds for case in cases)]
-    columns = ["work", OURS, *there, *(f"ratio to {way}" for way in there)]
-    return markdown(
-        columns,
-        (
+    columns = ["work", OURS, *there, *(f"ratio to {way}" for way in there), "limit", "reached"]
+    rows = []
+    for case in cases:
+        limit = part["machine"][case.name]
+        rows.append(
             [
                 case.name,
                 *(case.shown(way) for way in (OURS, *there)),
                 *(times(case.ratio(OURS, way)) if way in case.seconds else "" for way in there),
+                f"{limit:,.0f}",
+                f"{100 * case.figure(OURS) / limit:.0f} %",
             ]
-            for case in cases
-        ),
-    )
+        )
+    return markdown(columns, rows)
 
 
 def train(part: Measured) -> str:
@@ -110,9 +113,18 @@ def adapters(part: Measured) -> str:
     base = f"{OURS}, base model"
     rows = []
     for case in cases_of(part):
-        share = f"{100 * case.figure(OURS) / case.figure(base):.0f} %"
-        rows.append([case.name, case.shown(OURS), case.shown(base), share, case.shown(VLLM)])
-    return markdown(["work", OURS, "base model", "of that", "vLLM with adapters"], rows)
+        limit = part["machine"][case.name]
+        rows.append(
+            [
+                case.name,
+                *map(case.shown, (OURS, VLLM, base)),
+                f"{100 * case.figure(OURS) / case.figure(base):.0f} %",
+                f"{limit:,.0f}",
+                f"{100 * case.figure(OURS) / limit:.0f} %",
+            ]
+        )
+    columns = ["work", OURS, "vLLM", f"{OURS}, base model", "of that", "limit", "reached"]
+    return markdown(columns, rows)
 
 
 def fixed(part: Measured) -> str:

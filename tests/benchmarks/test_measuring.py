@@ -137,9 +137,9 @@ def test_the_share_of_a_limit_is_that_of_time_where_less_is_better() -> None:
 
 def test_every_comparison_tells_ratios() -> None:
     case = Case("step", {OURS: [1.0], WRITTEN.name: [4.0], TUNED.name: [2.0]}, 1024)
-    assert tables.train({"cases": [case.to_json()]}).splitlines()[2] == (
-        "| step | 1,024 tokens/s | 256 tokens/s | 512 tokens/s | 4.00x | 2.00x |"
-    )
+    assert tables.train({"cases": [case.to_json()], "machine": {"step": 2048.0}}).splitlines()[
+        2
+    ] == ("| step | 1,024 tokens/s | 256 tokens/s | 512 tokens/s | 4.00x | 2.00x | 2,048 | 50 % |")
 
 
 def test_documents_hold_the_figures_that_are_stored() -> None:
