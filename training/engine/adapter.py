@@ -97,6 +97,8 @@ class Adapter:
         self.rank = layout.spec.rank
         self.scale = layout.spec.alpha / layout.spec.rank
         self._views = layout.views(flat)
+        self.version = 0
+        """Changes whenever the weights do: for those who keep copies of them."""
 
     @property
     def num_bytes(self) -> int:
@@ -107,6 +109,7 @@ class Adapter:
 
         In fp32 ``flat`` may be the very tensor given: there is then nothing to do.
         """
+        self.version += 1
         if self.flat is not weights_fp32:
             self.flat.copy_(weights_fp32)
 

@@ -9,7 +9,7 @@ Shape legend: T rows of the packed batch, I inputs, O outputs (of the whole grou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional as F
@@ -21,13 +21,33 @@ Reduced = list[torch.Tensor | None]
 """Per segment: scale * x A^T [rows, R], or None where the segment adapts nothing here."""
 
 
+class Lora(Protocol):
+    """The adapters of one pass, by whatever arithmetic."""
+
+    def __call__(
+        self, x_TI: torch.Tensor, linear: Linear, layer: int, group: Group
+    ) -> torch.Tensor:
+        """``x W^T + bias + scale * x A^T B^T`` of each row's adapter -> [T, O]."""
+
+
+class SegmentLora(NamedTuple):
+    """``Lora`` of one segment after another."""
+
+    segments: Sequence[Segment]
+
+    def __call__(
+        self, x_TI: torch.Tensor, linear: Linear, layer: int, group: Group
+    ) -> torch.Tensor:
+        return lora_linear(x_TI, linear, self.segments, layer, group)
+
+
 def lora_linear(
     x_TI: torch.Tensor, linear: Linear, segments: Sequence[Segment], layer: int, group: Group
 ) -> torch.Tensor:
     """``x W^T + bias + scale * x A^T B^T`` of each segment -> [T, O]."""
     if not torch.is_grad_enabled():
         return _forward(x_TI, linear, segments, layer, group)[0]
-    anchor = _anchor(x_TI, segments, layer, group)
+    anchor = anchor_of(x_TI, segments, layer, group)
     y_TO: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
         x_TI, anchor, linear, segments, layer, group
     )
@@ -49,7 +69,7 @@ def lora_linear_backward(
     return dx_TI
 
 
-def _anchor(
+def anchor_of(
     x_TI: torch.Tensor, segments: Sequence[Segment], layer: int, group: Group
 ) -> torch.Tensor | None:
     """An empty leaf that makes autograd visit this node though its input needs no gradient."""
