@@ -24,6 +24,7 @@ from training.backends.base import Int32Array
 from training.engine.adapter import Segment
 from training.engine.decoder import BLOCK_TOKENS, Chunk
 from training.engine.model_config import ModelConfig
+from training.engine.torch_varlen import VarlenKernel, VarlenPagedAttention
 
 Window = int | None
 Masks = Mapping[Window, torch.Tensor]
@@ -84,8 +85,9 @@ def sampling_pass(
     tokens_T: Int32Array,
     chunks: Sequence[Chunk],
     segments: Sequence[Segment],
+    varlen: VarlenKernel | None = None,
 ) -> torch.Tensor:
-    """See ``decoder.Decoder.sampling_pass``."""
+    """See ``decoder.Decoder.sampling_pass``. ``varlen`` attends in place of torch's kernels."""
     starts = np.array([chunk.start for chunk in chunks])
     counts = np.array([chunk.num_rows for chunk in chunks])
     first_rows = np.cumsum(counts) - counts
@@ -99,7 +101,11 @@ def sampling_pass(
         ]
     )
     cells_T = blocks_T.astype(np.int64) * BLOCK_TOKENS + positions_T % BLOCK_TOKENS
-    attention = PagedAttention(model.config, cache, chunks, cells_T, model.device)
+    attention: Attention
+    if varlen is None:
+        attention = PagedAttention.of_chunks(model.config, cache, chunks, cells_T, model.device)
+    else:
+        attention = VarlenPagedAttention(model.config.windows, cache, chunks, varlen)
     return model.hidden(
         torch.from_numpy(tokens_T).to(model.device),
         torch.from_numpy(positions_T).to(model.device),
@@ -127,34 +133,45 @@ class _Span(NamedTuple):
 
 
 class PagedAttention:
-    """The ``Attention`` of one forward pass over ``chunks``, packed in their order; ``cells_T`` are
-    the places of their keys and values."""
+    """The ``Attention`` of one forward pass; ``cells_T`` are the places of the rows' keys and
+    values. Batches and spans cover the rows."""
 
     def __init__(
         self,
+        windows: Sequence[Window],
+        cache: TorchKvCache,
+        cells_T: torch.Tensor,
+        batches: Sequence[_Batch],
+        spans: Sequence[_Span],
+    ) -> None:
+        self._windows = windows
+        self._cache = cache
+        self._cells_T = cells_T
+        self._batches = batches
+        self._spans = spans
+
+    @classmethod
+    def of_chunks(
+        cls,
         config: ModelConfig,
         cache: TorchKvCache,
         chunks: Sequence[Chunk],
         cells_T: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
         device: torch.device,
-    ) -> None:
-        self._windows = config.windows
-        self._cache = cache
-        self._cells_T = torch.from_numpy(cells_T).to(device)
+    ) -> PagedAttention:
         windows = set(config.windows)
         singles: dict[int, list[tuple[int, Chunk]]] = {}
-        self._spans: list[_Span] = []
+        spans: list[_Span] = []
         row = 0
         for chunk in chunks:
             if chunk.num_rows == 1:
                 # One batch for lengths within a factor of two: at most half of it is padding.
                 singles.setdefault(_num_used(chunk).bit_length(), []).append((row, chunk))
             else:
-                self._spans.append(_span(row, chunk, windows, device, cache.k.dtype))
+                spans.append(_span(row, chunk, windows, device, cache.k.dtype))
             row += chunk.num_rows
-        self._batches = [
-            _batch(members, windows, device, cache.k.dtype) for members in singles.values()
-        ]
+        batches = [_batch(members, windows, device, cache.k.dtype) for members in singles.values()]
+        return cls(config.windows, cache, torch.from_numpy(cells_T).to(device), batches, spans)
 
     def __call__(
         self, layer: int, q_TND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
@@ -171,6 +188,21 @@ class PagedAttention:
             rows = slice(span.row, span.row + span.num_rows)
             o_TND[rows] = _attend_span(span, q_TND[rows], k_PBKD, v_PBKD, window)
         return o_TND
+
+
+def decoding_attention(
+    config: ModelConfig,
+    cache: TorchKvCache,
+    positions_n: torch.Tensor,
+    cells_n: torch.Tensor,
+    table_nm: torch.Tensor,
+) -> PagedAttention:
+    """Of one row per sequence, all in one batch, from tensors on the device alone: nothing is read
+    back, and no shape depends on what they hold."""
+    rows = torch.arange(len(positions_n), device=positions_n.device)
+    masks = _masks(positions_n[:, None], table_nm.shape[1], set(config.windows), cache.k.dtype)
+    batch = _Batch(rows, table_nm, _over_heads(masks))
+    return PagedAttention(config.windows, cache, cells_n, [batch], [])
 
 
 def _num_used(chunk: Chunk) -> int:
@@ -197,8 +229,13 @@ def _batch(
     return _Batch(
         torch.tensor([row for row, _ in members], device=device),
         torch.from_numpy(table).to(device=device, dtype=torch.int64),
-        {window: mask_nL[:, None, None] for window, mask_nL in masks.items()},
+        _over_heads(masks),
     )
+
+
+def _over_heads(masks: Masks) -> Masks:
+    """[n, L] -> [n, 1, 1, L]."""
+    return {window: mask_nL[:, None, None] for window, mask_nL in masks.items()}
 
 
 def _span(
