@@ -15,6 +15,7 @@ from training.engine.model_config import ModelConfig, UnsupportedModelError
 from training.engine.native.build import BuildError
 from training.engine.native.decoder import NativeDecoder
 from training.engine.native.weights import UnsupportedShapeError
+from training.engine.torch_probe import probed_paths
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +31,10 @@ def load_decoder(
         return _foreign(path, device, dtype)
     if engine.kernels != "torch" and (native := _native(path, engine, device, dtype)):
         return native
-    return Transformer.from_directory(path, device, dtype)
+    model = Transformer.from_directory(path, device, dtype)
+    if device.type == "cuda":
+        model.paths = probed_paths(model)
+    return model
 
 
 def _native(

@@ -23,12 +23,21 @@ from training.engine.attention import PackedAttention
 from training.engine.buffers import converted
 from training.engine.decoder import Chunk, KvCache
 from training.engine.elementwise import rms_norm, rotate, swiglu
-from training.engine.lora_linear import lora_linear, lora_linear_backward
+from training.engine.lora_linear import (
+    Lora,
+    SegmentLora,
+    lora_linear,
+    lora_linear_backward,
+)
 from training.engine.model_config import ModelConfig as ModelConfig
 from training.engine.optimizer import TorchAdam
+from training.engine.torch_graphs import DecodeGraphs
+from training.engine.torch_grouped import AdapterStacks
 from training.engine.torch_head import TorchHeadPass
+from training.engine.torch_paths import FastPaths
 from training.engine.torch_sampling import TorchKvCache
 from training.engine.torch_training import TorchTrainingPass, pack
+from training.engine.torch_varlen import VarlenAttention
 from training.engine.torch_vocabulary import TorchVocabulary
 from training.engine.weights import LayerWeights, ModelWeights, load_weights
 
@@ -54,11 +63,18 @@ class Transformer:
     its weights."""
 
     is_batch_invariant = False
-    """A matrix product of torch rounds differently for another number of rows."""
+    """A matrix product of torch rounds differently for another number of rows. Nor do the fast
+    paths promise it: flash attention keeps a sequence's sums apart from its neighbours, but on
+    CUDA its backward pass adds in no fixed order; grouped products may be cut by other sizes."""
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: ModelWeights, paths: FastPaths | None = None
+    ) -> None:
         self.config = config
         self.weights = weights
+        self.paths = paths or FastPaths()
+        self._stacks = AdapterStacks()
+        self._graphs: DecodeGraphs | None = None
         self.device = weights.embedding.device
         self.dtype = weights.embedding.dtype
         self.vocabulary = TorchVocabulary()
@@ -89,10 +105,17 @@ class Transformer:
                 torch.from_numpy(packed.tokens_T).to(self.device),
                 torch.from_numpy(packed.positions_T).to(self.device),
                 segments,
-                PackedAttention(packed.lengths, self.config.windows),
+                self._packed_attention(packed.lengths),
                 checkpointing=checkpointing and with_gradient,
             )
         return TorchTrainingPass(hidden_TH)
+
+    def _packed_attention(self, lengths: Sequence[Sequence[int]]) -> Attention:
+        windows, kernel = self.config.windows, self.paths.varlen
+        if kernel is None:
+            return PackedAttention(lengths, windows)
+        together = [length for each in lengths for length in each]
+        return VarlenAttention(together, windows, kernel, self.device)
 
     def head_pass(
         self, hidden_RH: torch.Tensor, targets_RK: Int32Array, segment: Segment, keep: bool
@@ -126,6 +149,7 @@ class Transformer:
         layer again there.
         """
         rotation = self.rotation(positions_T)
+        lora = self._lora(segments)
         x_TH = self.weights.embedding[tokens_T]
         for index, layer in enumerate(self.weights.layers):
             if checkpointing:
@@ -135,17 +159,25 @@ class Transformer:
                     index,
                     layer,
                     rotation,
-                    segments,
+                    lora,
                     attention,
                     use_reentrant=False,
                     preserve_rng_state=False,
                 )
             else:
-                x_TH = self._layer(x_TH, index, layer, rotation, segments, attention)
+                x_TH = self._layer(x_TH, index, layer, rotation, lora, attention)
         return rms_norm(x_TH, self.weights.final_norm, self.config.norm_eps)
 
+    def _lora(self, segments: Sequence[Segment]) -> Lora:
+        stack = self._stacks.of(segments) if self.paths.grouped else None
+        return stack or SegmentLora(segments)
+
     def new_cache(self, num_blocks: int) -> TorchKvCache:
-        return TorchKvCache(self.config, num_blocks, self.device, self.dtype)
+        """Decode steps are recorded for the last one made."""
+        cache = TorchKvCache(self.config, num_blocks, self.device, self.dtype)
+        if self.paths.capture is not None:
+            self._graphs = DecodeGraphs(self, cache, self.paths.capture)
+        return cache
 
     def sampling_pass(
         self,
@@ -155,12 +187,17 @@ class Transformer:
         segments: Sequence[Segment],
     ) -> torch.Tensor:
         assert isinstance(cache, TorchKvCache)
-        return torch_sampling.sampling_pass(self, cache, tokens_T, chunks, segments)
+        if self._graphs is not None and self._graphs.cache is cache:
+            hidden_TH = self._graphs.run(tokens_T, chunks, segments)
+            if hidden_TH is not None:
+                return hidden_TH
+        varlen = self.paths.varlen
+        return torch_sampling.sampling_pass(self, cache, tokens_T, chunks, segments, varlen)
 
     def logits(self, hidden_RH: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
         """In bfloat16 they are rounded to it before they become fp32."""
-        head = self.weights.head
-        return lora_linear(hidden_RH, head, segments, UNEMBED_LAYER, Group.UNEMBED).float()
+        lora = self._lora(segments)
+        return lora(hidden_RH, self.weights.head, UNEMBED_LAYER, Group.UNEMBED).float()
 
     def rotation(self, positions_T: torch.Tensor) -> Rotation:
         angles = positions_T.float()[:, None] * self._frequencies
@@ -173,15 +210,15 @@ class Transformer:
         index: int,
         layer: LayerWeights,
         rotation: Rotation,
-        segments: Sequence[Segment],
+        lora: Lora,
         attention: Attention,
     ) -> torch.Tensor:
         normed_TH = rms_norm(x_TH, layer.input_norm, self.config.norm_eps)
-        o_TX = self._attend(normed_TH, index, layer, rotation, segments, attention)
-        x_TH = x_TH + lora_linear(o_TX, layer.o, segments, index, Group.O)
+        o_TX = self._attend(normed_TH, index, layer, rotation, lora, attention)
+        x_TH = x_TH + lora(o_TX, layer.o, index, Group.O)
         normed_TH = rms_norm(x_TH, layer.mlp_norm, self.config.norm_eps)
-        gate_up = lora_linear(normed_TH, layer.gate_up, segments, index, Group.GATE_UP)
-        return x_TH + lora_linear(swiglu(gate_up), layer.down, segments, index, Group.DOWN)
+        gate_up = lora(normed_TH, layer.gate_up, index, Group.GATE_UP)
+        return x_TH + lora(swiglu(gate_up), layer.down, index, Group.DOWN)
 
     def _attend(
         self,
@@ -189,12 +226,12 @@ class Transformer:
         index: int,
         layer: LayerWeights,
         rotation: Rotation,
-        segments: Sequence[Segment],
+        lora: Lora,
         attention: Attention,
     ) -> torch.Tensor:
         config = self.config
         num_heads, num_kv_heads = config.num_heads, config.num_kv_heads
-        qkv = lora_linear(normed_TH, layer.qkv, segments, index, Group.QKV)
+        qkv = lora(normed_TH, layer.qkv, index, Group.QKV)
         heads = qkv.view(-1, num_heads + 2 * num_kv_heads, config.head_dim)
         q_TND, k_TKD, v_TKD = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], 1)
         if layer.q_norm is not None and layer.k_norm is not None:

@@ -1,0 +1,125 @@
+"""Fast paths that raise or disagree are switched off, and the log says which and why."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engine.checkpoints import make_checkpoint
+from tests.engine.training_cases import CPU
+from training.engine.model import Transformer
+from training.engine.torch_graphs import Step
+from training.engine.torch_probe import (
+    MODEL_TOLERANCE,
+    PRODUCT_TOLERANCE,
+    Candidate,
+    graphs_error,
+    varlen_error,
+    works,
+)
+from training.engine.torch_varlen import Jagged, VarlenKernel, flash_varlen, plain_varlen
+
+HEADS = (4, 2, 16)
+
+
+def wrong_window(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, jagged: Jagged, window: int | None
+) -> torch.Tensor:
+    """One position too many: how flash attention counts."""
+    return plain_varlen(q, k, v, jagged, None if window is None else window + 1)
+
+
+def from_the_start(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, jagged: Jagged, window: int | None
+) -> torch.Tensor:
+    """Takes the first query for the first position, whatever came before."""
+    cut_k, cut_v = (
+        torch.cat(
+            [
+                part[:num]
+                for part, num in zip(
+                    torch.split(each, jagged.num_keys), jagged.num_queries, strict=True
+                )
+            ]
+        )
+        for each in (k, v)
+    )
+    return plain_varlen(
+        q, cut_k, cut_v, Jagged(jagged.num_queries, jagged.num_queries, q.device), window
+    )
+
+
+def no_gradient_of_keys(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, jagged: Jagged, window: int | None
+) -> torch.Tensor:
+    return plain_varlen(q, k.detach() + 0 * k, v, jagged, window)
+
+
+def test_a_right_kernel_passes() -> None:
+    assert varlen_error(plain_varlen, HEADS, CPU) < PRODUCT_TOLERANCE / 2
+
+
+@pytest.mark.parametrize("kernel", [wrong_window, from_the_start, no_gradient_of_keys])
+def test_a_wrong_kernel_is_found_out(
+    kernel: VarlenKernel, caplog: pytest.LogCaptureFixture
+) -> None:
+    candidate = Candidate("attention", lambda: varlen_error(kernel, HEADS, CPU), PRODUCT_TOLERANCE)
+    with caplog.at_level(logging.WARNING):
+        assert not works(candidate)
+    assert "fast path attention is off: it differs" in caplog.text
+
+
+def test_the_kernel_of_a_gpu_is_refused_without_one(caplog: pytest.LogCaptureFixture) -> None:
+    """Not a kernel that a CPU has: the probe reports what torch says of it."""
+    candidate = Candidate("flash", lambda: varlen_error(flash_varlen, HEADS, CPU), 1.0)
+    with caplog.at_level(logging.WARNING):
+        assert not works(candidate)
+    assert "fast path flash is off: NotImplementedError: " in caplog.text
+
+
+def failing(error: Exception) -> Callable[[], float]:
+    def run() -> float:
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (failing(RuntimeError("no kernel\nimage")), "path x is off: RuntimeError: no kernel"),
+        (failing(ImportError()), "path x is off: ImportError: "),
+        (lambda: float("nan"), "path x is off: it differs from the plain path by nan, over 0.1"),
+        (lambda: 0.2, "path x is off: it differs from the plain path by 0.2, over 0.1"),
+    ],
+)
+def test_why_a_path_is_off(
+    error: Callable[[], float], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert not works(Candidate("x", error, 0.1))
+    (record,) = caplog.records
+    assert record.getMessage().endswith(message)
+
+
+def test_what_works_is_silent(caplog: pytest.LogCaptureFixture) -> None:
+    assert works(Candidate("x", lambda: 0.1, 0.1))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_graph_that_does_not_read_its_inputs_is_found_out(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    def stuck(step: Step) -> Step:
+        output = step()
+        return lambda: output
+
+    model = Transformer.from_directory(make_checkpoint("llama", tmp_path), CPU, dtype)
+    tolerance = MODEL_TOLERANCE[dtype]
+    assert works(Candidate("graphs", lambda: graphs_error(model, lambda step: step), tolerance))
+    assert not works(Candidate("graphs", lambda: graphs_error(model, stuck), tolerance))
