@@ -10,12 +10,19 @@ import pytest_asyncio
 
 from tests.backends import tiny
 from tests.backends.harness import Harness
+from tests.engine.devices import NEEDS_CUDA
 from training.backends.registry import create_backend
 from training.config import EngineConfig, ModelConfig, TrainingConfig
 from training.engine.native import library
 from training.engine.native.build import BuildError
 
-BACKENDS = ("fake", "local-float32", "local-bfloat16")
+BACKENDS = (
+    "fake",
+    "local-float32",
+    "local-bfloat16",
+    pytest.param("local-float32-cuda", marks=NEEDS_CUDA),
+    pytest.param("local-bfloat16-cuda", marks=NEEDS_CUDA),
+)
 
 
 @pytest.fixture(scope="session")
@@ -50,14 +57,15 @@ def has_kernels() -> bool:
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module", params=BACKENDS)
 async def harness(request: pytest.FixtureRequest, tiny_llama: Path) -> AsyncIterator[Harness]:
-    kind, _, dtype = str(request.param).partition("-")
+    given = str(request.param).split("-")
+    kind, dtype, device = given + ["float32", "cpu"][len(given) - 1 :]
     if kind == "fake":
         model, config = ModelConfig(name="tests/fake", backend="fake"), TrainingConfig()
     else:
         model = ModelConfig(name="tests/tiny-llama", path=tiny_llama)
-        config = local_config(dtype)
+        config = local_config(dtype, device=device)
     exact = kind == "fake" or dtype == "float32"
-    bitwise = kind == "fake" or (dtype == "bfloat16" and has_kernels())
+    bitwise = kind == "fake" or (device == "cpu" and dtype == "bfloat16" and has_kernels())
     backend = create_backend(model, config)
     await backend.start()
     yield Harness(

@@ -78,5 +78,5 @@ def assert_gradients_are_those_of_peft(trainer: Trainer, checkpoint: Path, op: T
         expected_gradient = torch.zeros_like(parameter)
         if parameter.grad is not None:  # an expert that no row chose has none
             expected_gradient = parameter.grad
-        difference = (gradients[key] - expected_gradient).norm()
+        difference = (gradients[key].cpu() - expected_gradient).norm()
         assert difference <= GRADIENT_TOLERANCE * expected_gradient.norm(), key

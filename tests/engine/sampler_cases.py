@@ -14,15 +14,14 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from tests.engine.checkpoints import VOCAB_SIZE, make_checkpoint
+from tests.engine.devices import CPU as CPU
+from tests.engine.devices import load_model
 from training.backends.base import Int32Array, LoraSpec, SampleRequest, SampleResult
 from training.config import EngineConfig
 from training.engine.adapter import AdapterLayout, fresh_weights
 from training.engine.adapter_files import write_adapter
 from training.engine.decoder import Decoder
-from training.engine.model import Transformer
 from training.engine.sampler import Outcome, Sampler
-
-CPU = torch.device("cpu")
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -42,8 +41,13 @@ def make_model_directory(directory: Path, name: str = "llama") -> Path:
     return directory
 
 
-def make_sampler(directory: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Sampler:
-    return sampler_on(Transformer.from_directory(directory, CPU, dtype), directory, **settings)
+def make_sampler(
+    directory: Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    **settings: Any,
+) -> Sampler:
+    return sampler_on(load_model(directory, device, dtype), directory, **settings)
 
 
 def sampler_on(decoder: Decoder, directory: Path, **settings: Any) -> Sampler:

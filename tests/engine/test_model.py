@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tests.engine.checkpoints import CONFIGS, LLAMA3_ROPE, SHAPE, VOCAB_SIZE, make_checkpoint
-from tests.engine.training_cases import CPU
+from tests.engine.devices import CPU, DEVICES
 from training.core.errors import ConfigError
 from training.engine.attention import PackedAttention
 from training.engine.model import ModelConfig, Transformer
@@ -23,26 +23,30 @@ from training.engine.model_config import Rope
 VALUES: Mapping[str, Any] = {**SHAPE, "model_type": "llama", "rms_norm_eps": 1e-5}
 
 
-def load(path: Path) -> Transformer:
-    return Transformer.from_directory(path, CPU, torch.float32)
+def load(path: Path, device: torch.device = CPU) -> Transformer:
+    return Transformer.from_directory(path, device, torch.float32)
 
 
 def logits(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
     length = len(tokens)
     attention = PackedAttention([[length]], model.config.windows)
     with torch.no_grad():
-        hidden = model.hidden(tokens, torch.arange(length), [], attention)
-        return model.logits(hidden, [])
+        device = model.device
+        positions = torch.arange(length, device=device)
+        hidden = model.hidden(tokens.to(device), positions, [], attention)
+        return model.logits(hidden, []).cpu()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+def test_logits_are_those_of_transformers(name: str, device: torch.device, tmp_path: Path) -> None:
     make_checkpoint(name, tmp_path)
     tokens = torch.randint(VOCAB_SIZE, (70,), generator=torch.Generator().manual_seed(1))
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     with torch.no_grad():
         expected = reference(tokens[None]).logits[0]
-    torch.testing.assert_close(logits(load(tmp_path), tokens), expected, atol=5e-5, rtol=1e-5)
+    found = logits(load(tmp_path, device), tokens)
+    torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-5)
 
 
 def test_a_sharded_checkpoint_is_the_same(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.engine.checkpoints import SHAPE
+from tests.engine.devices import DEVICES
 from tests.engine.sampler_cases import (
     ask,
     make_model_directory,
@@ -62,10 +63,11 @@ def assert_same(
         assert left.stop_reason == right.stop_reason
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "mistral-window", "qwen2-window", "qwen3"])
-def test_greedy_equals_transformers(name: str, tmp_path: Path) -> None:
+def test_greedy_equals_transformers(name: str, device: torch.device, tmp_path: Path) -> None:
     make_model_directory(tmp_path, name)
-    sampler = make_sampler(tmp_path, prefill_chunk_tokens=16)
+    sampler = make_sampler(tmp_path, prefill_chunk_tokens=16, device=device)
     reference: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
     prompts = [random_prompt(length, seed=length) for length in (1, 5, 16, 17, 40)]
     requests = [

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.engine.devices import CPU, eager
 from tests.engine.sampler_cases import (
     ask,
     make_adapter,
@@ -18,7 +19,6 @@ from tests.engine.sampler_cases import (
     sample_all,
     sampler_on,
 )
-from tests.engine.training_cases import CPU
 from training.backends.base import LoraSpec, SampleResult
 from training.engine import torch_graphs
 from training.engine.adapter import Segment
@@ -27,12 +27,6 @@ from training.engine.model import Transformer
 from training.engine.torch_graphs import DecodeGraphs, Shape, Step, packed_inputs, padded_shape
 from training.engine.torch_paths import FastPaths
 from training.engine.torch_probe import graphs_error, random_adapter
-
-
-def eager(step: Step) -> Step:
-    """Runs the step while it "records", as CUDA's warm-up does, and anew each time."""
-    step()
-    return step
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.engine.checkpoints import CONFIGS, make_checkpoint
+from tests.engine.devices import DEVICES
 from tests.engine.peft_cases import (
     assert_gradients_are_those_of_peft,
     by_peft_name,
@@ -34,15 +35,18 @@ from training.backends.base import AdamParams, LoraSpec
 LENGTHS = (20, 33, 20, 7, 40)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("name", "spec"),
     [(name, ALL) for name in CONFIGS if name != "wide"]
     + [("llama", spec) for spec in (ATTN, MLP, UNEMBED)]
     + [("llama-tied", UNEMBED), ("qwen3", ATTN), ("qwen2", LoraSpec(4, 5, train_attn=False))],
 )
-def test_logprobs_and_gradients(name: str, spec: LoraSpec, tmp_path: Path) -> None:
+def test_logprobs_and_gradients(
+    name: str, spec: LoraSpec, device: torch.device, tmp_path: Path
+) -> None:
     checkpoint = make_checkpoint(name, tmp_path)
-    trainer = make_trainer(checkpoint, spec, micro_batch_tokens=64)
+    trainer = make_trainer(checkpoint, spec, micro_batch_tokens=64, device=device)
     assert_gradients_are_those_of_peft(trainer, checkpoint, sft_op(0, LENGTHS))
 
 

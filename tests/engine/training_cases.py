@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from tests.engine.checkpoints import VOCAB_SIZE
+from tests.engine.devices import CPU as CPU
+from tests.engine.devices import load_model
 from training.backends.base import Datum, LoraSpec, TrainOp, TrainOutput, TrainUnit
 from training.config import EngineConfig
 from training.engine.adapter import AdapterLayout, fresh_weights
@@ -18,7 +20,6 @@ from training.engine.optimizer import AdamState
 from training.engine.state_files import write_state
 from training.engine.trainer import Trainer, UnitRun
 
-CPU = torch.device("cpu")
 BASE_MODEL = "tests/tiny"
 ATTN = LoraSpec(rank=4, seed=1, train_mlp=False, train_unembed=False)
 MLP = LoraSpec(rank=3, seed=2, train_attn=False, train_unembed=False)
@@ -33,9 +34,14 @@ def make_trainer(
     micro_batch_tokens: int = 2048,
     join_operations: bool = False,
     kind: type[Transformer | ForeignDecoder] = Transformer,
+    device: torch.device = CPU,
 ) -> Trainer:
     """Slots 0, 1, ... hold adapters of ``specs`` with a B that is not zero."""
-    model = kind.from_directory(checkpoint, CPU, dtype)
+    model: Transformer | ForeignDecoder
+    if kind is Transformer:
+        model = load_model(checkpoint, device, dtype)
+    else:
+        model = kind.from_directory(checkpoint, device, dtype)
     config = EngineConfig(micro_batch_tokens=micro_batch_tokens, join_operations=join_operations)
     trainer = Trainer(model, config, BASE_MODEL)
     for slot, spec in enumerate(specs):
