@@ -43,4 +43,4 @@ def fast_paths(model: Transformer) -> FastPaths:
     if model.device.type == "cuda":
         return probed_paths(model)
     is_narrow = model.dtype == torch.bfloat16
-    return FastPaths(varlen=plain_varlen, grouped=is_narrow, capture=eager)
+    return FastPaths(varlen=plain_varlen, grouped=is_narrow, capture=eager, in_order=True)

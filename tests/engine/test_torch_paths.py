@@ -110,5 +110,6 @@ def test_this_gpu_takes_every_path_that_its_kind_has(
         paths = probed_paths(model)
     assert not caplog.records
     assert paths.capture is not None
+    assert paths.in_order
     assert (paths.varlen is not None) == (dtype == torch.bfloat16)
     assert paths.grouped == (dtype == torch.bfloat16 and major in GROUPED_MAJORS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,14 +14,17 @@ from tests.engine.checkpoints import make_checkpoint
 from tests.engine.training_cases import CPU
 from training.engine.model import Transformer
 from training.engine.torch_graphs import Step
+from training.engine.torch_paths import FastPaths
 from training.engine.torch_probe import (
     MODEL_TOLERANCE,
     PRODUCT_TOLERANCE,
     Candidate,
     graphs_error,
+    repeated_error,
     varlen_error,
     works,
 )
+from training.engine.torch_training import TorchTrainingPass, fixed_order
 from training.engine.torch_varlen import Jagged, VarlenKernel, flash_varlen, plain_varlen
 
 HEADS = (4, 2, 16)
@@ -123,3 +127,54 @@ def test_a_graph_that_does_not_read_its_inputs_is_found_out(
     tolerance = MODEL_TOLERANCE[dtype]
     assert works(Candidate("graphs", lambda: graphs_error(model, lambda step: step), tolerance))
     assert not works(Candidate("graphs", lambda: graphs_error(model, stuck), tolerance))
+
+
+def test_the_same_operation_twice_has_no_error_at_all(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint("mistral-window", tmp_path)
+    model = Transformer.from_directory(checkpoint, CPU, torch.float32)
+    model.paths = FastPaths(in_order=True)
+    assert works(Candidate("repeatable", lambda: repeated_error(model), 0.0))
+    calls: list[None] = []
+
+    def wavering(
+        q_TND: torch.Tensor,
+        k_SKD: torch.Tensor,
+        v_SKD: torch.Tensor,
+        jagged: Jagged,
+        window: int | None,
+    ) -> torch.Tensor:
+        calls.append(None)
+        return plain_varlen(q_TND, k_SKD, v_SKD * (1 + 1e-6 * len(calls)), jagged, window)
+
+    model.paths = FastPaths(varlen=wavering, in_order=True)
+    assert not works(Candidate("repeatable", lambda: repeated_error(model), 0.0))
+
+
+def test_a_fixed_order_is_asked_for_in_the_backward_pass_alone() -> None:
+    seen: list[bool] = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, dy: torch.Tensor) -> Any:
+            seen.append(torch.are_deterministic_algorithms_enabled())
+            return dy
+
+    for in_order in (True, False):
+        y = Watched.apply(torch.ones(1, 1, requires_grad=True))  # type: ignore[no-untyped-call]
+        TorchTrainingPass(y, in_order).backward(torch.ones(1, 1))
+    assert seen == [True, False]
+
+
+def fail_in_order() -> None:
+    with fixed_order():
+        raise ZeroDivisionError
+
+
+def test_nothing_of_it_stays_after_a_failure() -> None:
+    with pytest.raises(ZeroDivisionError):
+        fail_in_order()
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -64,8 +64,8 @@ class Transformer:
 
     is_batch_invariant = False
     """A matrix product of torch rounds differently for another number of rows. Nor do the fast
-    paths promise it: flash attention keeps a sequence's sums apart from its neighbours, but on
-    CUDA its backward pass adds in no fixed order; grouped products may be cut by other sizes."""
+    paths promise it: what flash attention does for a sequence may be apart from its neighbours, but
+    the products around it are not, and grouped ones may be cut by the sizes of all groups."""
 
     def __init__(
         self, config: ModelConfig, weights: ModelWeights, paths: FastPaths | None = None
@@ -108,7 +108,7 @@ class Transformer:
                 self._packed_attention(packed.lengths),
                 checkpointing=checkpointing and with_gradient,
             )
-        return TorchTrainingPass(hidden_TH)
+        return TorchTrainingPass(hidden_TH, self.paths.in_order)
 
     def _packed_attention(self, lengths: Sequence[Sequence[int]]) -> Attention:
         windows, kernel = self.config.windows, self.paths.varlen

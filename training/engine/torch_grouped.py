@@ -27,7 +27,7 @@ from training.engine.adapter import Adapter, Group, Place, Segment
 from training.engine.lora_linear import anchor_of, lora_linear
 from training.engine.weights import Linear
 
-MOST_BYTES = 2 * 2**30
+MOST_BYTES = 2**30
 """Of weights side by side; more are computed one adapter after another."""
 MULTIPLE = 8
 """Rows of every operand begin at multiples of 16 bytes: sizes and ranks are multiples of this."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,10 +33,34 @@ def pack(sequences: Sequence[Int32Array], segments: Sequence[Segment]) -> Packed
     return Packed(np.concatenate(sequences), positions_T, lengths)
 
 
-class TorchTrainingPass:
-    """``decoder.TrainingPass`` over hidden states [T, H] that know how they were computed."""
+# A module with a property, which its type does not tell.
+deterministic: Any = torch.utils.deterministic
 
-    def __init__(self, hidden_TH: torch.Tensor) -> None:
+
+@contextmanager
+def fixed_order() -> Iterator[None]:
+    """Asks torch for kernels that add in a fixed order: on CUDA attention's backward pass else does
+    not, and the same operation gives other bits each time. Raises where torch has no such kernel.
+    """
+    was_on = torch.are_deterministic_algorithms_enabled()
+    warned_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    # Else every buffer is written once more, against code that reads what it has not written.
+    deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_on, warn_only=warned_only)
+        deterministic.fill_uninitialized_memory = filled
+
+
+class TorchTrainingPass:
+    """``decoder.TrainingPass`` over hidden states [T, H] that know how they were computed.
+    ``in_order``: the backward pass adds in a fixed order on devices where that has to be said."""
+
+    def __init__(self, hidden_TH: torch.Tensor, in_order: bool = False) -> None:
+        self._in_order = in_order
         self._hidden_TH: torch.Tensor | None = hidden_TH
         self._detached_TH = hidden_TH.detach()
 
@@ -49,4 +74,5 @@ class TorchTrainingPass:
             raise RuntimeError("a pass goes backward once")
         # No history: no segment adapts a layer of the model, only its head or nothing.
         if hidden_TH.requires_grad:
-            torch.autograd.backward(hidden_TH, dhidden_TH)
+            with fixed_order() if self._in_order else nullcontext():
+                torch.autograd.backward(hidden_TH, dhidden_TH)
