@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from tests.engine.checkpoints import make_checkpoint
-from tests.engine.training_cases import CPU
+from tests.engine.devices import CPU, fast_paths
 from training.engine.model import Transformer
 from training.engine.torch_graphs import Step
 from training.engine.torch_paths import FastPaths
@@ -22,6 +23,7 @@ from training.engine.torch_probe import (
     graphs_error,
     repeated_error,
     varlen_error,
+    working_paths,
     works,
 )
 from training.engine.torch_training import TorchTrainingPass, fixed_order
@@ -178,3 +180,41 @@ def test_nothing_of_it_stays_after_a_failure() -> None:
     with pytest.raises(ZeroDivisionError):
         fail_in_order()
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
+    checkpoint = make_checkpoint("llama", tmp_path_factory.mktemp("model"))
+    return Transformer.from_directory(checkpoint, CPU, torch.bfloat16)
+
+
+def test_paths_that_work_stay_and_are_named(
+    narrow: Transformer, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = fast_paths(narrow)
+    with caplog.at_level(logging.INFO):
+        assert working_paths(narrow, wanted) == wanted
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "fast paths on cpu: packed attention, grouped LoRA, recorded decoding, repeatable training"
+    )
+
+
+def test_each_path_falls_alone(narrow: Transformer, caplog: pytest.LogCaptureFixture) -> None:
+    def no_graphs(step: Step) -> Step:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    wanted = fast_paths(narrow)
+    with caplog.at_level(logging.WARNING):
+        assert working_paths(narrow, replace(wanted, varlen=flash_varlen)) == replace(
+            wanted, varlen=None
+        )
+        assert working_paths(narrow, replace(wanted, capture=no_graphs)) == replace(
+            wanted, capture=None
+        )
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith("fast path packed attention is off: NotImplementedError: ")
+    assert second == (
+        "fast path recorded decoding is off: RuntimeError: "
+        "operation not permitted when stream is capturing"
+    )

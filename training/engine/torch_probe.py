@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -79,45 +80,47 @@ def probed_paths(model: Transformer) -> FastPaths:
     """Those that work for this model on its CUDA device."""
     # cuBLAS adds in a fixed order only with workspaces of a fixed size; read at its first product.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    varlen = grouped = False
-    if model.dtype == torch.bfloat16:
-        heads = model.config.num_heads, model.config.num_kv_heads, model.config.head_dim
-        varlen = works(
-            Candidate(
-                "packed attention",
-                lambda: varlen_error(flash_varlen, heads, model.device),
-                PRODUCT_TOLERANCE,
-            )
-        )
-        major, minor = torch.cuda.get_device_capability(model.device)
-        if major in GROUPED_MAJORS:
-            error = Candidate("grouped LoRA", lambda: grouped_error(model), PRODUCT_TOLERANCE)
-            grouped = works(error)
-        else:
-            _log.info("no grouped LoRA: torch has no kernel for capability %d.%d", major, minor)
-    else:
+    wanted = FastPaths(capture=CudaCapture(), in_order=True)
+    if model.dtype != torch.bfloat16:
         _log.info("no packed attention, no grouped LoRA: they compute in bfloat16 alone")
-    graphs = works(
-        Candidate(
-            "recorded decoding",
-            lambda: graphs_error(model, CudaCapture()),
-            MODEL_TOLERANCE[model.dtype],
-        )
-    )
-    found = {"packed attention": varlen, "grouped LoRA": grouped, "recorded decoding": graphs}
+        return working_paths(model, wanted)
+    major, minor = torch.cuda.get_device_capability(model.device)
+    if major not in GROUPED_MAJORS:
+        _log.info("no grouped LoRA: torch has no kernel for capability %d.%d", major, minor)
+    grouped = major in GROUPED_MAJORS
+    return working_paths(model, replace(wanted, varlen=flash_varlen, grouped=grouped))
+
+
+def working_paths(model: Transformer, wanted: FastPaths) -> FastPaths:
+    """Those of ``wanted`` that work; the log says which they are, and why others are not."""
+    kernel, capture = wanted.varlen, wanted.capture
+    if kernel is not None:
+        heads = model.config.num_heads, model.config.num_kv_heads, model.config.head_dim
+        error = partial(varlen_error, kernel, heads, model.device)
+        if not works(Candidate("packed attention", error, PRODUCT_TOLERANCE)):
+            wanted = replace(wanted, varlen=None)
+    if wanted.grouped:
+        error = partial(grouped_error, model)
+        if not works(Candidate("grouped LoRA", error, PRODUCT_TOLERANCE)):
+            wanted = replace(wanted, grouped=False)
+    if capture is not None:
+        error = partial(graphs_error, model, capture)
+        if not works(Candidate("recorded decoding", error, MODEL_TOLERANCE[model.dtype])):
+            wanted = replace(wanted, capture=None)
+    if wanted.in_order:
+        error = partial(repeated_error, Transformer(model.config, model.weights, wanted))
+        if not works(Candidate("repeatable training", error, 0.0)):
+            _log.warning("the same operation may give other bits when it is run again")
+            wanted = replace(wanted, in_order=False)
+    found = {
+        "packed attention": wanted.varlen is not None,
+        "grouped LoRA": wanted.grouped,
+        "recorded decoding": wanted.capture is not None,
+        "repeatable training": wanted.in_order,
+    }
     names = [name for name, is_on in found.items() if is_on]
     _log.info("fast paths on %s: %s", model.device, ", ".join(names) or "none")
-    paths = FastPaths(
-        varlen=flash_varlen if varlen else None,
-        grouped=grouped,
-        capture=CudaCapture() if graphs else None,
-        in_order=True,
-    )
-    trial = Transformer(model.config, model.weights, paths)
-    if works(Candidate("repeatable training", lambda: repeated_error(trial), 0.0)):
-        return paths
-    _log.warning("on this device the same operation may give other bits when it is run again")
-    return replace(paths, in_order=False)
+    return wanted
 
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
