@@ -171,9 +171,9 @@ class AdapterSlots:
         try:
             slot = self._open_for_step(entry)
             assert slot.gradient is not None
-            output = adamw_step(slot.weights, slot.gradient, slot.adam, params, self._adam)
-            slot.adapter.update(slot.weights)
-            return output
+            return adamw_step(
+                slot.weights, slot.gradient, slot.adam, params, self._adam, slot.adapter
+            )
         except UnitError as error:
             return OptimOutput(error=str(error))
         finally:

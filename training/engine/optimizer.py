@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from training.backends.base import AdamParams, OptimOutput
+from training.engine.adapter import Adapter
 
 CLIP_EPSILON = 1e-6
 """As in ``torch.nn.utils.clip_grad_norm_``."""
@@ -42,9 +43,11 @@ class AdamArithmetic(Protocol):
         state: AdamState,
         params: AdamParams,
         gradient_scale: float,
+        adapter: Adapter | None,
     ) -> None:
         """One step of ``torch.optim.AdamW`` in place with ``gradient * gradient_scale``;
-        ``gradient`` may be overwritten. Does not count the step."""
+        ``gradient`` may be overwritten. Does not count the step. ``adapter`` takes the new weights
+        over."""
 
 
 def adamw_step(
@@ -53,8 +56,9 @@ def adamw_step(
     state: AdamState,
     params: AdamParams,
     arithmetic: AdamArithmetic,
+    adapter: Adapter | None = None,
 ) -> OptimOutput:
-    """One step, in place; ``gradient`` may be overwritten.
+    """One step, in place; ``gradient`` may be overwritten. ``adapter`` takes the new weights over.
 
     Refused, changing nothing, where the gradient or a parameter is not usable.
     """
@@ -66,7 +70,7 @@ def adamw_step(
     scale = 1.0
     if params.grad_clip_norm > 0:
         scale = min(1.0, params.grad_clip_norm / (norm + CLIP_EPSILON))
-    arithmetic.step(weights, gradient, state, params, scale)
+    arithmetic.step(weights, gradient, state, params, scale, adapter)
     state.step += 1
     return OptimOutput(metrics={"grad_norm": norm, "optimizer_step": float(state.step)})
 
@@ -106,6 +110,7 @@ class TorchAdam:
         state: AdamState,
         params: AdamParams,
         gradient_scale: float,
+        adapter: Adapter | None,
     ) -> None:
         optimizer = torch.optim.AdamW(
             [weights],
@@ -125,3 +130,5 @@ class TorchAdam:
         weights.grad = gradient
         optimizer.step()
         weights.grad = None
+        if adapter is not None:
+            adapter.update(weights)

@@ -7,6 +7,8 @@ import ctypes
 import pytest
 import torch
 
+from training.engine.native import library
+
 SIZES = [1, 16, 17, 40_000, 100_003]
 
 
@@ -41,9 +43,8 @@ class Adam:
         self.steps += 1
         self.kernels.tc_adamw_step(
             *(at(each) for each in (self.weights, self.exp_avg, self.exp_avg_sq, gradient)),
-            ctypes.c_int64(len(gradient)),
-            ctypes.c_int64(self.steps),
-            *(ctypes.c_double(each) for each in (*self.hyper, scale)),
+            len(gradient),
+            ctypes.byref(library.AdamStep(self.steps, *self.hyper, scale)),
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -33,15 +33,13 @@ class _Pointers:
 
 
 class NativeAdapter(Adapter):
-    """Matrices in tiles of bfloat16; those of the backward pass only where ``trainable``.
+    """Matrices in tiles of bfloat16.
 
     Nothing may be computed with weights that are not finite: rows of several adapters meet in one
     tile, where zero times infinity is not zero. See ``check``.
     """
 
-    def __init__(
-        self, layout: AdapterLayout, weights: torch.Tensor, config: ModelConfig, trainable: bool
-    ) -> None:
+    def __init__(self, layout: AdapterLayout, weights: torch.Tensor, config: ModelConfig) -> None:
         self.layout = layout
         self.rank = layout.spec.rank
         self.scale = layout.spec.alpha / layout.spec.rank
@@ -52,10 +50,10 @@ class NativeAdapter(Adapter):
         self._groups = (library.LoraGroup * len(keys))()
         self._inputs = (ctypes.c_int32 * len(keys))()
         sizes = _Pointers(0)  # once over all of it to see how much it is
-        self._place_all(keys, trainable, sizes)
+        self._place_all(keys, sizes)
         # Zeros: what pads the rank is never written.
         self._flat = new_flat(sizes.next_address // 2, weights.device, torch.bfloat16)
-        self._place_all(keys, trainable, _Pointers(self._flat.data_ptr()))
+        self._place_all(keys, _Pointers(self._flat.data_ptr()))
         self.struct = library.Adapter(
             groups=ctypes.cast(self._groups, ctypes.POINTER(library.LoraGroup)),
             rank=self.rank,
@@ -64,16 +62,12 @@ class NativeAdapter(Adapter):
         )
         self.update(weights)
 
-    def _place_all(
-        self, keys: Sequence[tuple[int, str]], trainable: bool, pointers: _Pointers
-    ) -> None:
+    def _place_all(self, keys: Sequence[tuple[int, str]], pointers: _Pointers) -> None:
         for index, key in enumerate(keys):
             if key in self.layout.places:
-                self._place(index, key, trainable, pointers)
+                self._place(index, key, pointers)
 
-    def _place(
-        self, index: int, key: tuple[int, str], trainable: bool, pointers: _Pointers
-    ) -> None:
+    def _place(self, index: int, key: tuple[int, str], pointers: _Pointers) -> None:
         offset, projections = self.layout.places[key]
         in_size = projections[0].in_size
         out_sizes = [each.out_size for each in projections]
@@ -82,10 +76,6 @@ class NativeAdapter(Adapter):
         group = self._groups[index]
         group.a = pointers.take(self._elements(total, in_size))
         group.b = pointers.take(self._elements(sum(out_sizes), padded))
-        if trainable:
-            group.a_t = pointers.take(self._elements(in_size, total))
-            # Each part is packed by itself.
-            group.b_t = pointers.take(sum(self._elements(padded, size) for size in out_sizes))
         group.num_parts = len(projections)
         group.part_end = (ctypes.c_int32 * 3)(*(ends + ends[-1:] * 3)[:3])
         group.gradient = offset
@@ -100,15 +90,16 @@ class NativeAdapter(Adapter):
 
     def update(self, weights_fp32: torch.Tensor) -> None:
         weights = weights_fp32.contiguous()
-        status = self._kernels.tc_pack_adapter(
-            weights.data_ptr(),
-            self._groups,
-            self._inputs,
-            len(self._inputs),
-            self.rank,
-            self._padded_rank,
-        )
-        self.is_finite = status != library.NOT_FINITE
+        self._pack(self._kernels.tc_pack_adapter, weights.data_ptr())
+
+    def step(self, buffers: Sequence[int | None], params: library.AdamStep) -> None:
+        """A step of AdamW on ``buffers``, the addresses of fp32 weights, exp_avg, exp_avg_sq and
+        gradient, and ``update`` with what it makes: in one pass over memory."""
+        self._pack(self._kernels.tc_step_adapter, *buffers, ctypes.byref(params))
+
+    def _pack(self, function: Callable[..., int], *source: object) -> None:
+        groups = (self._groups, self._inputs, len(self._inputs), self.rank, self._padded_rank)
+        self.is_finite = function(*source, *groups) != library.NOT_FINITE
 
     def check(self) -> None:
         if not self.is_finite:

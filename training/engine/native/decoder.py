@@ -72,7 +72,7 @@ class NativeDecoder:
     def new_adapter(
         self, layout: AdapterLayout, weights: torch.Tensor, trainable: bool
     ) -> NativeAdapter:
-        adapter = NativeAdapter(layout, weights, self.config, trainable)
+        adapter = NativeAdapter(layout, weights, self.config)
         if not trainable:
             adapter.check()  # it will never be updated
         return adapter

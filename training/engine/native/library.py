@@ -64,8 +64,6 @@ class LoraGroup(Structure):
     _fields_ = (
         ("a", c_void_p),
         ("b", c_void_p),
-        ("b_t", c_void_p),
-        ("a_t", c_void_p),
         ("num_parts", c_int32),
         ("part_end", c_int32 * 3),
         ("gradient", c_int64),
@@ -78,6 +76,18 @@ class Adapter(Structure):
         ("rank", c_int32),
         ("padded_rank", c_int32),
         ("scale", c_float),
+    )
+
+
+class AdamStep(Structure):
+    _fields_ = (
+        ("step", c_int64),
+        ("learning_rate", c_double),
+        ("beta1", c_double),
+        ("beta2", c_double),
+        ("eps", c_double),
+        ("weight_decay", c_double),
+        ("gradient_scale", c_double),
     )
 
 
@@ -161,7 +171,8 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "tc_draw_rows": (None, (*_LOGITS, c_void_p, c_void_p, c_int32, c_void_p, c_void_p)),
     "tc_top_rows": (None, (*_LOGITS, c_void_p, c_int32, c_void_p, c_void_p)),
     "tc_target_rows": (None, (*_LOGITS, c_void_p, c_int32, c_void_p, c_void_p)),
-    "tc_adamw_step": (None, (*(c_void_p,) * 4, c_int64, c_int64, *(c_double,) * 6)),
+    "tc_adamw_step": (None, (*(c_void_p,) * 4, c_int64, c_void_p)),
+    "tc_step_adapter": (c_int32, (*(c_void_p,) * 7, *(c_int32,) * 3)),
     "tc_global_norm": (c_double, (c_void_p, c_int64)),
 }
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 
 from training.backends.base import AdamParams
+from training.engine.adapter import Adapter
 from training.engine.native import library
+from training.engine.native.adapters import NativeAdapter
 from training.engine.optimizer import AdamState
 
 
@@ -27,18 +31,22 @@ class NativeAdam:
         state: AdamState,
         params: AdamParams,
         gradient_scale: float,
+        adapter: Adapter | None,
     ) -> None:
-        self._kernels.tc_adamw_step(
-            library.address(weights),
-            library.address(state.exp_avg),
-            library.address(state.exp_avg_sq),
-            library.address(gradient),
-            weights.numel(),
-            state.step + 1,
-            params.learning_rate,
-            params.beta1,
-            params.beta2,
-            params.eps,
-            params.weight_decay,
-            gradient_scale,
+        buffers = (weights, state.exp_avg, state.exp_avg_sq, gradient)
+        addresses = [library.address(each) for each in buffers]
+        step = library.AdamStep(
+            step=state.step + 1,
+            learning_rate=params.learning_rate,
+            beta1=params.beta1,
+            beta2=params.beta2,
+            eps=params.eps,
+            weight_decay=params.weight_decay,
+            gradient_scale=gradient_scale,
         )
+        if isinstance(adapter, NativeAdapter):
+            adapter.step(addresses, step)
+            return
+        self._kernels.tc_adamw_step(*addresses, weights.numel(), ctypes.byref(step))
+        if adapter is not None:
+            adapter.update(weights)

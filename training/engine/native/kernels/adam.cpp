@@ -1,5 +1,6 @@
 #include "adam.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -19,46 +20,6 @@ void for_blocks(std::int64_t count, const F& f) {
   });
 }
 
-// What is the same for all elements, as torch's fused kernel rounds it to fp32.
-struct Factors {
-  explicit Factors(const AdamStep& params)
-      : gradient_scale(splat(float(params.gradient_scale))),
-        decay(splat(float(1 - params.learning_rate * params.weight_decay))),
-        beta1(splat(float(params.beta1))),
-        one_less_beta1(splat(float(1 - params.beta1))),
-        beta2(splat(float(params.beta2))),
-        one_less_beta2(splat(float(1 - params.beta2))),
-        eps(splat(float(params.eps))) {
-    const double steps = double(params.step);
-    const double correction1 = 1 - std::pow(params.beta1, steps);
-    const double correction2 = 1 - std::pow(params.beta2, steps);
-    step_size = splat(float(params.learning_rate / correction1));
-    root_scale = splat(float(1 / std::sqrt(correction2)));
-  }
-
-  f32x16 gradient_scale, decay, beta1, one_less_beta1, beta2, one_less_beta2, eps;
-  f32x16 step_size, root_scale;
-};
-
-struct Buffers {
-  float *weights, *exp_avg, *exp_avg_sq;
-  const float* gradient;
-};
-
-inline void step_vector(const Buffers& at, std::int64_t i, __mmask16 lanes, const Factors& with) {
-  const f32x16 gradient = _mm512_mul_ps(load(at.gradient + i, lanes), with.gradient_scale);
-  const f32x16 new_part = _mm512_mul_ps(gradient, with.one_less_beta1);
-  const f32x16 avg = _mm512_fmadd_ps(load(at.exp_avg + i, lanes), with.beta1, new_part);
-  const f32x16 squared = _mm512_mul_ps(_mm512_mul_ps(gradient, gradient), with.one_less_beta2);
-  const f32x16 avg_sq = _mm512_fmadd_ps(load(at.exp_avg_sq + i, lanes), with.beta2, squared);
-  const f32x16 bottom = _mm512_fmadd_ps(_mm512_sqrt_ps(avg_sq), with.root_scale, with.eps);
-  const f32x16 change = _mm512_div_ps(_mm512_mul_ps(avg, with.step_size), bottom);
-  const f32x16 weight = _mm512_fmsub_ps(load(at.weights + i, lanes), with.decay, change);
-  store(at.exp_avg + i, avg, lanes);
-  store(at.exp_avg_sq + i, avg_sq, lanes);
-  store(at.weights + i, weight, lanes);
-}
-
 double sum_of_squares(const float* values, std::int64_t begin, std::int64_t end) {
   __m512d sums[4];
   for (__m512d& each : sums) each = _mm512_setzero_pd();
@@ -75,17 +36,68 @@ double sum_of_squares(const float* values, std::int64_t begin, std::int64_t end)
   return _mm512_reduce_add_pd(_mm512_add_pd(left, right)) + rest;
 }
 
+// Lanes whose value in bf16 is infinite or NaN: not below infinity.
+inline __mmask16 store_rounded(bf16* to, f32x16 values, __mmask16 lanes) {
+  const f32x16 rounded = widen(narrow(values));
+  store(to, rounded, lanes);
+  return _mm512_mask_cmp_ps_mask(lanes, _mm512_abs_ps(rounded), splat(__builtin_inff()),
+                                 _CMP_NLT_UQ);
+}
+
 }  // namespace
 
-void adamw_step(float* weights, float* exp_avg, float* exp_avg_sq, const float* gradient,
-                std::int64_t count, const AdamStep& params) {
-  const Buffers buffers{weights, exp_avg, exp_avg_sq, gradient};
-  const Factors factors(params);
-  for_blocks(count, [&](int, std::int64_t begin, std::int64_t end) {
-    std::int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes) step_vector(buffers, i, 0xffff, factors);
-    if (i < end) step_vector(buffers, i, first_lanes(int(end - i)), factors);
-  });
+// Factors are rounded to fp32 as torch's fused kernel rounds them.
+AdamW::AdamW(const AdamBuffers& buffers, const AdamStep& params)
+    : at_(buffers),
+      gradient_scale_(splat(float(params.gradient_scale))),
+      decay_(splat(float(1 - params.learning_rate * params.weight_decay))),
+      beta1_(splat(float(params.beta1))),
+      one_less_beta1_(splat(float(1 - params.beta1))),
+      beta2_(splat(float(params.beta2))),
+      one_less_beta2_(splat(float(1 - params.beta2))),
+      eps_(splat(float(params.eps))) {
+  const double steps = double(params.step);
+  step_size_ = splat(float(params.learning_rate / (1 - std::pow(params.beta1, steps))));
+  root_scale_ = splat(float(1 / std::sqrt(1 - std::pow(params.beta2, steps))));
+}
+
+inline f32x16 AdamW::step_vector(std::int64_t i, __mmask16 lanes) const {
+  const f32x16 gradient = _mm512_mul_ps(load(at_.gradient + i, lanes), gradient_scale_);
+  const f32x16 new_part = _mm512_mul_ps(gradient, one_less_beta1_);
+  const f32x16 avg = _mm512_fmadd_ps(load(at_.exp_avg + i, lanes), beta1_, new_part);
+  const f32x16 squared = _mm512_mul_ps(_mm512_mul_ps(gradient, gradient), one_less_beta2_);
+  const f32x16 avg_sq = _mm512_fmadd_ps(load(at_.exp_avg_sq + i, lanes), beta2_, squared);
+  const f32x16 bottom = _mm512_fmadd_ps(_mm512_sqrt_ps(avg_sq), root_scale_, eps_);
+  const f32x16 change = _mm512_div_ps(_mm512_mul_ps(avg, step_size_), bottom);
+  const f32x16 weight = _mm512_fmsub_ps(load(at_.weights + i, lanes), decay_, change);
+  store(at_.exp_avg + i, avg, lanes);
+  store(at_.exp_avg_sq + i, avg_sq, lanes);
+  store(at_.weights + i, weight, lanes);
+  return weight;
+}
+
+void AdamW::step(std::int64_t begin, std::int64_t end) const {
+  std::int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) step_vector(i, 0xffff);
+  if (i < end) step_vector(i, first_lanes(int(end - i)));
+}
+
+bool AdamW::step(std::int64_t begin, std::int64_t end, bf16* rounded) const {
+  __mmask16 bad = 0;
+  for (std::int64_t i = begin; i < end; i += kLanes) {
+    const __mmask16 lanes = first_lanes(int(std::min<std::int64_t>(end - i, kLanes)));
+    bad |= store_rounded(rounded + (i - begin), step_vector(i, lanes), lanes);
+  }
+  return bad == 0;
+}
+
+bool narrow_all(const float* from, bf16* to, std::int64_t count) {
+  __mmask16 bad = 0;
+  for (std::int64_t i = 0; i < count; i += kLanes) {
+    const __mmask16 lanes = first_lanes(int(std::min<std::int64_t>(count - i, kLanes)));
+    bad |= store_rounded(to + i, load(from + i, lanes), lanes);
+  }
+  return bad == 0;
 }
 
 double global_norm(const float* values, std::int64_t count) {
@@ -103,10 +115,11 @@ double global_norm(const float* values, std::int64_t count) {
 extern "C" {
 
 void tc_adamw_step(float* weights, float* exp_avg, float* exp_avg_sq, const float* gradient,
-                   std::int64_t count, std::int64_t step, double learning_rate, double beta1,
-                   double beta2, double eps, double weight_decay, double gradient_scale) {
-  kernels::adamw_step(weights, exp_avg, exp_avg_sq, gradient, count,
-                      {step, learning_rate, beta1, beta2, eps, weight_decay, gradient_scale});
+                   std::int64_t count, const kernels::AdamStep* params) {
+  const kernels::AdamW adam({weights, exp_avg, exp_avg_sq, gradient}, *params);
+  kernels::for_blocks(count, [&](int, std::int64_t begin, std::int64_t end) {
+    adam.step(begin, end);
+  });
 }
 
 double tc_global_norm(const float* values, std::int64_t count) {

@@ -1,10 +1,11 @@
-// Packs an adapter's fp32 weights into the tiles that passes multiply with.
+// An adapter's weights in the tiles that passes multiply with: packed from the fp32 masters, after
+// a step of AdamW or as they are.
 
 #include <algorithm>
 #include <atomic>
 #include <vector>
 
-#include "amx.hpp"
+#include "adam.hpp"
 #include "model.hpp"
 #include "threads.hpp"
 
@@ -14,57 +15,92 @@ using namespace kernels;
 
 enum Status { kOk = 0, kNotFinite = 2 };  // as in api.cpp
 
-// Rounds to bf16; false where a result is not finite.
-bool narrow_all(const float* from, bf16* to, std::int64_t count) {
-  __mmask16 bad = 0;
-  for (std::int64_t i = 0; i < count; i += kLanes) {
-    const __mmask16 lanes = first_lanes(int(std::min<std::int64_t>(count - i, kLanes)));
-    const f32x16 rounded = widen(narrow(load(from + i, lanes)));
-    // Not below infinity: infinite, or NaN.
-    bad |= _mm512_mask_cmp_ps_mask(lanes, _mm512_abs_ps(rounded), splat(__builtin_inff()),
-                                   _CMP_NLT_UQ);
-    store(to + i, rounded, lanes);
-  }
-  return bad == 0;
-}
+constexpr int kPieceElements = 1 << 16;  // rounded weights that stay in a core's second cache
 
-// All forms of one group's matrices from ``a``, its A's and B's in bf16.
-void pack_group(const bf16* a, LoraGroup& group, int in, int rank, int padded) {
-  const bf16* b = a + std::ptrdiff_t(group.num_parts) * rank * in;
-  // Each part's ranks are padded on their own.
-  for (int part = 0, begin = 0; part < group.num_parts; ++part) {
-    const int end = group.part_end[part];
-    const bf16* part_a = a + std::ptrdiff_t(part) * rank * in;
-    const bf16* part_b = b + std::ptrdiff_t(begin) * rank;
-    pack(part_a, in, 1, rank, in,
-         const_cast<bf16*>(group.a) + packed_elements(padded, in) * part);
-    pack(part_b, rank, 1, end - begin, rank,
-         const_cast<bf16*>(group.b) + packed_elements(1, padded) * (begin / 16));
-    if (group.b_t != nullptr) {
-      // [in / 16][parts * padded / 32][512]: the parts of one column tile lie together.
-      const int steps = padded / 32;
-      for (int n = 0; n < in; n += 16) {
-        for (int k = 0; k < steps; ++k) {
-          const std::ptrdiff_t tile = (std::ptrdiff_t(n / 16) * group.num_parts + part) * steps + k;
-          if (k * 32 < rank) {
-            pack(part_a + std::ptrdiff_t(k) * 32 * in + n, 1, in, std::min(16, in - n),
-                 std::min(32, rank - k * 32), const_cast<bf16*>(group.a_t) + tile * 512);
-          }
-        }
-      }
-      const int steps_out = divide_up(end - begin, 32);
-      for (int r = 0; r < rank; r += 16) {
-        bf16* to = const_cast<bf16*>(group.b_t);
-        for (int before = 0, from = 0; before < part; ++before) {
-          to += packed_elements(padded, group.part_end[before] - from);
-          from = group.part_end[before];
-        }
-        pack(part_b + r, 1, rank, std::min(16, rank - r), end - begin,
-             to + std::ptrdiff_t(r / 16) * steps_out * 512);
+struct AdapterShape {
+  int rank, padded_rank;
+};
+
+// What one thread packs at a time: the A of one part, or rows of its B.
+struct Piece {
+  LoraGroup* group;
+  int in;
+  int part;
+  int row_begin, row_end;  // of the part's B, multiples of 16; -1: A
+};
+
+bf16* writable(Packed packed) { return const_cast<bf16*>(packed); }
+
+int part_begin(const LoraGroup& group, int part) { return part ? group.part_end[part - 1] : 0; }
+
+std::vector<Piece> pieces_of(LoraGroup* groups, const std::int32_t* inputs, int num_groups,
+                             AdapterShape shape) {
+  std::vector<Piece> pieces;
+  const int most_rows = std::max(kPieceElements / shape.rank / 32 * 32, 32);
+  for (int index = 0; index < num_groups; ++index) {
+    LoraGroup& group = groups[index];
+    for (int part = 0; part < group.num_parts; ++part) {
+      pieces.push_back({&group, inputs[index], part, -1, -1});
+      const int rows = group.part_end[part] - part_begin(group, part);
+      for (int row = 0; row < rows; row += most_rows) {
+        pieces.push_back({&group, inputs[index], part, row, std::min(row + most_rows, rows)});
       }
     }
-    begin = end;
   }
+  return pieces;
+}
+
+// Elements [first, first + count) of the flat weights belong to a piece.
+struct Elements {
+  std::int64_t first, count;
+};
+
+Elements elements_of(const Piece& piece, AdapterShape shape) {
+  const std::int64_t rank = shape.rank, a_count = rank * piece.in;
+  const LoraGroup& group = *piece.group;
+  if (piece.row_begin < 0) return {group.gradient + piece.part * a_count, a_count};
+  const std::int64_t row = part_begin(group, piece.part) + piece.row_begin;
+  return {group.gradient + group.num_parts * a_count + row * rank,
+          (piece.row_end - piece.row_begin) * rank};
+}
+
+// ``a`` [rank, in] of one part, whose ranks are padded on their own.
+void pack_a(const bf16* a, const Piece& piece, AdapterShape shape) {
+  const auto [rank, padded] = shape;
+  const LoraGroup& group = *piece.group;
+  pack(a, piece.in, 1, rank, piece.in,
+       writable(group.a) + packed_elements(padded, piece.in) * piece.part);
+}
+
+// ``b`` [rows, rank]: the piece's rows of one part.
+void pack_b(const bf16* b, const Piece& piece, AdapterShape shape) {
+  const auto [rank, padded] = shape;
+  const LoraGroup& group = *piece.group;
+  const int first = part_begin(group, piece.part) + piece.row_begin;
+  pack(b, rank, 1, piece.row_end - piece.row_begin, rank,
+       writable(group.b) + packed_elements(1, padded) * (first / 16));
+}
+
+// ``round(range, rounded)`` writes a range of the weights in bf16; false: one is not finite.
+template <typename Round>
+int pack_all(LoraGroup* groups, const std::int32_t* inputs, int num_groups, AdapterShape shape,
+             const Round& round) {
+  const std::vector<Piece> pieces = pieces_of(groups, inputs, num_groups, shape);
+  std::atomic<bool> finite{true};
+  parallel_for(int(pieces.size()), [&](int item, int) {
+    const Piece& piece = pieces[item];
+    const Elements range = elements_of(piece, shape);
+    // A piece at a time, so that what is rounded is still in the cache when it is packed.
+    thread_local std::vector<bf16> rounded;
+    if (std::int64_t(rounded.size()) < range.count) rounded.resize(range.count);
+    if (!round(range, rounded.data())) finite = false;
+    if (piece.row_begin < 0) {
+      pack_a(rounded.data(), piece, shape);
+    } else {
+      pack_b(rounded.data(), piece, shape);
+    }
+  });
+  return finite ? kOk : kNotFinite;
 }
 
 }  // namespace
@@ -75,19 +111,21 @@ extern "C" {
 // be computed with the adapter then.
 int tc_pack_adapter(const float* flat, LoraGroup* groups, const std::int32_t* inputs,
                     int num_groups, int rank, int padded_rank) {
-  std::atomic<bool> finite{true};
-  parallel_for(num_groups, [&](int item, int) {
-    const int index = num_groups - 1 - item;  // the head first: it is the largest
-    LoraGroup& group = groups[index];
-    if (group.num_parts == 0) return;
-    const int in = inputs[index], out = group.part_end[group.num_parts - 1];
-    const std::int64_t count = (std::int64_t(group.num_parts) * in + out) * rank;
-    // A group at a time, so that what is rounded is still in the cache when it is packed.
-    thread_local std::vector<bf16> rounded;
-    if (std::int64_t(rounded.size()) < count) rounded.resize(count);
-    if (!narrow_all(flat + group.gradient, rounded.data(), count)) finite = false;
-    pack_group(rounded.data(), group, in, rank, padded_rank);
-  });
-  return finite ? kOk : kNotFinite;
+  return pack_all(groups, inputs, num_groups, {rank, padded_rank},
+                  [&](const Elements& range, bf16* rounded) {
+                    return narrow_all(flat + range.first, rounded, range.count);
+                  });
+}
+
+// A step of AdamW on all weights of an adapter, and its tiles from the new ones: one pass over
+// memory, which is what a step costs. Returns as tc_pack_adapter.
+int tc_step_adapter(float* weights, float* exp_avg, float* exp_avg_sq, const float* gradient,
+                    const AdamStep* params, LoraGroup* groups, const std::int32_t* inputs,
+                    int num_groups, int rank, int padded_rank) {
+  const AdamW adam({weights, exp_avg, exp_avg_sq, gradient}, *params);
+  return pack_all(groups, inputs, num_groups, {rank, padded_rank},
+                  [&](const Elements& range, bf16* rounded) {
+                    return adam.step(range.first, range.first + range.count, rounded);
+                  });
 }
 }

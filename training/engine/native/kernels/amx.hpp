@@ -41,11 +41,10 @@ inline void release() { _tile_release(); }
 // the compiler that they read.
 inline void fence() { asm volatile("" ::: "memory"); }
 
-// Elements [K][2][16] of a right operand's tile for 16 columns from the 16 rows of ``w`` (row n of
-// ``w`` is column n), 32 elements each: a transposition of 32-bit pairs.
-inline void transpose_pairs(const bf16* w, std::ptrdiff_t row_stride, bf16* tile) {
-  __m512i r[16], t[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(w + i * row_stride);
+// Elements [K][2][16] of a right operand's tile for 16 columns from the 16 rows in ``r`` (row n
+// is column n), 32 elements each: a transposition of 32-bit pairs, in place.
+inline void transpose_pairs(__m512i (&r)[16]) {
+  __m512i t[16];
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
     t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
@@ -68,7 +67,14 @@ inline void transpose_pairs(const bf16* w, std::ptrdiff_t row_stride, bf16* tile
     r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
     r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
   }
-  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(tile + i * 32, r[i]);
+}
+
+// The same from memory to memory.
+inline void transpose_pairs(const bf16* w, std::ptrdiff_t row_stride, bf16* tile) {
+  __m512i rows[16];
+  for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512(w + i * row_stride);
+  transpose_pairs(rows);
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(tile + i * 32, rows[i]);
 }
 
 // Interleaves two rows of 32 elements: the row of a right operand's tiles whose sum runs over rows.

@@ -56,7 +56,7 @@ void AdaptedLinear::gather_terms(bf16* reduced, const F& term_of) const {
     const LoraGroup* group = group_of(segment);
     if (group == nullptr) continue;
     while (int(first_term_.size()) <= meeting.row_tile) first_term_.push_back(int(terms_.size()));
-    terms_.push_back(term_of(*group, *segment.adapter, tile(reduced, meeting)));
+    terms_.push_back(term_of(meeting, *group, *segment.adapter, tile(reduced, meeting)));
   }
   while (int(first_term_.size()) <= plan_.num_row_tiles()) {
     first_term_.push_back(int(terms_.size()));
@@ -78,7 +78,8 @@ void AdaptedLinear::reduce(const bf16* x, std::ptrdiff_t ldx, bf16* z) const {
 
 void AdaptedLinear::forward(const bf16* x, std::ptrdiff_t ldx, int num_rows, bf16* z, Output output,
                             void* y, std::ptrdiff_t ldy, const bf16* addend) const {
-  gather_terms(z, [](const LoraGroup& group, const Adapter& adapter, const bf16* reduced) {
+  gather_terms(z, [](const Meeting&, const LoraGroup& group, const Adapter& adapter,
+                     const bf16* reduced) {
     LowRank term{reduced, group.b, adapter.padded_rank, group.num_parts, {}};
     std::copy(group.part_end, group.part_end + 3, term.part_end);
     return term;
@@ -99,22 +100,80 @@ void AdaptedLinear::forward(const bf16* x, std::ptrdiff_t ldx, int num_rows, bf1
             .addend = addend});
 }
 
-// The model's own transpose, or one made now.
-Packed AdaptedLinear::transposed(Workspace& workspace) const {
-  if (linear_.w_t != nullptr) return linear_.w_t;
-  const int in = linear_.in, out = linear_.out;
-  bf16* made = workspace.take<bf16>(packed_elements(in, out));
-  parallel_for(divide_up(in, 32), [&](int item, int) {
-    transpose_packed(linear_.w, out, in, item * 32, std::min(item * 32 + 32, in), made);
-  });
+namespace {
+
+constexpr int kTransposedItem = 1 << 16;  // elements that one thread transposes at a time
+
+// Some matrices to transpose, cut into items for all threads.
+class Transposer {
+ public:
+  // Room for ``matrix`` transposed, filled by ``run``.
+  Packed add(const PackedMatrix& matrix, Workspace& workspace) {
+    bf16* made = workspace.take<bf16>(packed_elements(matrix.in, matrix.out));
+    const int outs = std::max(kTransposedItem / matrix.in / 32 * 32, 32);
+    for (int out = 0; out < matrix.out; out += outs) {
+      items_.push_back({matrix, {out, std::min(out + outs, matrix.out)}, made});
+    }
+    return made;
+  }
+
+  void run() const {
+    parallel_for(int(items_.size()), [&](int index, int) {
+      const Item& item = items_[index];
+      transpose_packed(item.matrix, {0, item.matrix.in}, item.out, item.made);
+    });
+  }
+
+ private:
+  struct Item {
+    PackedMatrix matrix;
+    Range out;
+    bf16* made;
+  };
+  std::vector<Item> items_;
+};
+
+}  // namespace
+
+// What a backward pass multiplies by is made from the tiles of the forward pass each time: keeping
+// it would double the memory of model and adapters, and the time to pack an adapter after a step.
+AdaptedLinear::Transposed AdaptedLinear::transposed(bool with_dx, Workspace& workspace) const {
+  Transposer transposer;
+  Transposed made{nullptr, std::vector<Packed>(plan_.segments().size()),
+                  std::vector<Packed>(plan_.segments().size() * kMaxParts)};
+  if (with_dx) {
+    made.w = linear_.w_t != nullptr
+                 ? linear_.w_t
+                 : transposer.add({linear_.w, linear_.out, linear_.in}, workspace);
+  }
+  for (std::size_t i = 0; i < plan_.segments().size(); ++i) {
+    const Segment& segment = plan_.segments()[i];
+    const LoraGroup* group = segment.adapter == nullptr ? nullptr : group_of(segment);
+    if (group == nullptr) continue;
+    const int rank = segment.adapter->padded_rank;
+    if (with_dx) {
+      made.a[i] = transposer.add({group->a, group->num_parts * rank, linear_.in}, workspace);
+    }
+    for (int part = 0, begin = 0; part < group->num_parts; ++part) {
+      const int end = group->part_end[part];
+      made.b[i * kMaxParts + part] = transposer.add(
+          {group->b + packed_elements(1, rank) * (begin / 16), end - begin, rank}, workspace);
+      begin = end;
+    }
+  }
+  transposer.run();
   return made;
 }
 
 void AdaptedLinear::backward(const bf16* dy, std::ptrdiff_t lddy, int num_rows, bf16* dz, bf16* dx,
                              Workspace& workspace) const {
   const int in = linear_.in;
-  gather_terms(dz, [in](const LoraGroup& group, const Adapter& adapter, const bf16* reduced) {
-    return LowRank{reduced, group.a_t, adapter.padded_rank * group.num_parts, 1, {in, in, in}};
+  const Workspace::Mark mark = workspace.mark();
+  const Transposed with = transposed(dx != nullptr, workspace);
+  gather_terms(dz, [&](const Meeting& meeting, const LoraGroup& group, const Adapter& adapter,
+                       const bf16* reduced) {
+    return LowRank{reduced, with.a[meeting.segment], adapter.padded_rank * group.num_parts, 1,
+                   {in, in, in}};
   });
   const std::vector<Meeting>& meetings = plan_.meetings();
   parallel_for(terms_.empty() ? 0 : int(meetings.size()), [&](int item, int) {
@@ -123,31 +182,30 @@ void AdaptedLinear::backward(const bf16* dy, std::ptrdiff_t lddy, int num_rows, 
     const LoraGroup* group = group_of(segment);
     if (group == nullptr) return;
     const int rank = segment.adapter->padded_rank;
-    Packed b_t = group->b_t;
     for (int part = 0, begin = 0; part < group->num_parts; ++part) {
       const int end = group->part_end[part];
-      reduce_tile(dy + meeting.row_tile * 16 * lddy + begin, lddy, round_up(end - begin, 32), b_t,
-                  rank, segment.adapter->scale, meeting.begin, meeting.end,
-                  tile(dz, meeting) + part * rank, std::ptrdiff_t(rank) * group->num_parts);
-      b_t += packed_elements(rank, end - begin);
+      reduce_tile(dy + meeting.row_tile * 16 * lddy + begin, lddy, round_up(end - begin, 32),
+                  with.b[meeting.segment * kMaxParts + part], rank, segment.adapter->scale,
+                  meeting.begin, meeting.end, tile(dz, meeting) + part * rank,
+                  std::ptrdiff_t(rank) * group->num_parts);
       begin = end;
     }
   });
-  if (dx == nullptr) return;
-  const Workspace::Mark mark = workspace.mark();
-  multiply({.x = dy,
-            .ldx = lddy,
-            .rows = num_rows,
-            .in = round_up(linear_.out, amx::kTileSum),
-            .out = in,
-            .w = transposed(workspace),
-            .bias = nullptr,
-            .first_low_rank = terms_.empty() ? nullptr : first_term_.data(),
-            .low_ranks = terms_.data(),
-            .output = Output::kBf16,
-            .y = dx,
-            .ldy = in,
-            .addend = nullptr});
+  if (dx != nullptr) {
+    multiply({.x = dy,
+              .ldx = lddy,
+              .rows = num_rows,
+              .in = round_up(linear_.out, amx::kTileSum),
+              .out = in,
+              .w = with.w,
+              .bias = nullptr,
+              .first_low_rank = terms_.empty() ? nullptr : first_term_.data(),
+              .low_ranks = terms_.data(),
+              .output = Output::kBf16,
+              .y = dx,
+              .ldy = in,
+              .addend = nullptr});
+  }
   workspace.reset(mark);
 }
 

@@ -36,6 +36,7 @@ class LoraPlan {
   int total_rank_ = 0;
 };
 
+inline constexpr int kMaxParts = 3;
 inline constexpr int kNumParts[] = {3, 1, 2, 1, 1};  // by Group
 
 // One linear of the model with what the segments' adapters add to it.
@@ -61,7 +62,14 @@ class AdaptedLinear {
                      const bf16* z, const bf16* dz, Workspace& workspace) const;
 
  private:
-  Packed transposed(Workspace& workspace) const;
+  // What a backward pass multiplies by: W^T, of each segment A^T [in, parts * rank], and of each of
+  // its parts B^T [rank, out of the part]. The first two are null unless ``with_dx``.
+  struct Transposed {
+    Packed w;
+    std::vector<Packed> a, b;
+  };
+  Transposed transposed(bool with_dx, Workspace& workspace) const;
+
   const LoraGroup* group_of(const Segment& segment) const;
   bf16* tile(bf16* reduced, const Meeting& meeting) const;
   template <typename F>

@@ -44,8 +44,6 @@ enum Group { kQkv, kO, kGateUp, kDown, kUnembed };
 struct LoraGroup {
   Packed a;    // of A's [parts * rank, in]
   Packed b;    // of B's, part by part: [sum of outs, rank]
-  Packed b_t;  // of B^T, part by part: [rank, out of the part]; null where only sampling is wanted
-  Packed a_t;  // of A^T [in, parts * rank]; likewise
   std::int32_t num_parts;
   std::int32_t part_end[3];  // output columns, ascending
   std::int64_t gradient;     // offset of dA in the flat gradient; dB follows it

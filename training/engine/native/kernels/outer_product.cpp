@@ -22,6 +22,16 @@ void interleave(const OuterProduct& p, int column, bf16* tiles) {
   }
 }
 
+// A whole line that nothing reads soon goes past the caches: memory need not be read first.
+inline void put(const OuterProduct& p, float* to, f32x16 value, __mmask16 lanes) {
+  if (p.accumulate) value = _mm512_add_ps(value, load(to, lanes));
+  if (!p.accumulate && lanes == 0xffff && reinterpret_cast<std::uintptr_t>(to) % 64 == 0) {
+    _mm512_stream_ps(to, value);
+  } else {
+    store(to, value, lanes);
+  }
+}
+
 void write_outer(const OuterProduct& p, const float (*tile)[16], float* out, int r0, int n0) {
   const int num_r = std::min(16, p.num_left - r0), num_n = std::min(16, p.num_right - n0);
   if (num_r <= 0 || num_n <= 0) return;
@@ -29,9 +39,7 @@ void write_outer(const OuterProduct& p, const float (*tile)[16], float* out, int
     const __mmask16 lanes = first_lanes(num_n);
     for (int r = 0; r < num_r; ++r) {
       float* to = out + (r0 + r) * p.ldout + n0;
-      f32x16 value = _mm512_load_ps(tile[r]);
-      if (p.accumulate) value = _mm512_add_ps(value, load(to, lanes));
-      store(to, value, lanes);
+      put(p, to, _mm512_load_ps(tile[r]), lanes);
     }
     return;
   }
@@ -40,9 +48,7 @@ void write_outer(const OuterProduct& p, const float (*tile)[16], float* out, int
   const __mmask16 lanes = first_lanes(num_r);
   for (int n = 0; n < num_n; ++n) {
     float* to = out + (n0 + n) * p.ldout + r0;
-    f32x16 value = _mm512_i32gather_ps(steps, &tile[0][n], 4);
-    if (p.accumulate) value = _mm512_add_ps(value, load(to, lanes));
-    store(to, value, lanes);
+    put(p, to, _mm512_i32gather_ps(steps, &tile[0][n], 4), lanes);
   }
 }
 
@@ -78,6 +84,7 @@ void add_outer_product(const OuterProduct& p) {
       }
     }
   }
+  _mm_sfence();  // streamed lines are seen no later than what the thread does next
 }
 
 void transpose(const bf16* from, std::ptrdiff_t ldfrom, int rows, int columns, bf16* to,

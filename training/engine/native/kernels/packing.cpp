@@ -9,31 +9,40 @@ using amx::kTileElements;
 
 namespace {
 
-// ``num_out`` columns and ``num_in`` elements of the sum; where either is short, memory that holds
-// zeros already may keep them: ranks below 32 cost as little as they have.
+// Whole tiles go past the caches: nothing reads them soon, and memory need not be read before it is
+// written. For a few lines here and there that is slower.
+template <bool kWhole>
+inline void put(bf16* line, __m512i value) {
+  if constexpr (kWhole) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(line), value);
+  } else {
+    _mm512_storeu_si512(line, value);
+  }
+}
+
+// ``num_out`` columns and ``num_in`` elements of the sum. Lines of elements beyond ``num_in`` keep
+// what they hold, zeros: ranks below 32 cost as little as they have.
+template <bool kWhole>
 void pack_tile(const bf16* w, std::ptrdiff_t out_stride, std::ptrdiff_t in_stride, int num_out,
                int num_in, bf16* tile) {
-  if (in_stride == 1 && num_in == amx::kTileSum) {
-    if (num_out == 16) return amx::transpose_pairs(w, out_stride, tile);
-    alignas(64) bf16 rows[16][amx::kTileSum] = {};
-    for (int n = 0; n < num_out; ++n) std::memcpy(rows[n], w + n * out_stride, sizeof rows[n]);
-    return amx::transpose_pairs(&rows[0][0], amx::kTileSum, tile);
-  }
+  const int num_lines = kWhole ? 16 : divide_up(num_in, 2);
   if (in_stride == 1) {
-    for (int k = 0; k < num_in; ++k) {
-      for (int n = 0; n < num_out; ++n) tile[k / 2 * 32 + n * 2 + k % 2] = w[n * out_stride + k];
-    }
+    const __mmask32 lanes = ~__mmask32(0) >> (amx::kTileSum - num_in);
+    __m512i rows[16] = {};
+    for (int n = 0; n < num_out; ++n) rows[n] = _mm512_maskz_loadu_epi16(lanes, w + n * out_stride);
+    amx::transpose_pairs(rows);
+    for (int line = 0; line < num_lines; ++line) put<kWhole>(tile + line * 32, rows[line]);
     return;
   }
   // out_stride is 1: rows of the operand lie as they are, two are interleaved.
   const __mmask16 lanes = first_lanes(num_out);
-  for (int pair = 0; 2 * pair < num_in; ++pair) {
-    const bf16* even = w + 2 * pair * in_stride;
+  for (int line = 0; line < num_lines; ++line) {
+    const bf16* even = w + 2 * line * in_stride;
     const __m256i a = _mm256_maskz_loadu_epi16(lanes, even);
-    const __m256i b = _mm256_maskz_loadu_epi16(2 * pair + 1 < num_in ? lanes : 0, even + in_stride);
-    _mm512_storeu_si512(tile + pair * 32,
-                        _mm512_or_si512(_mm512_cvtepu16_epi32(a),
-                                        _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16)));
+    const __m256i b = _mm256_maskz_loadu_epi16(2 * line + 1 < num_in ? lanes : 0, even + in_stride);
+    put<kWhole>(tile + line * 32,
+                _mm512_or_si512(_mm512_cvtepu16_epi32(a),
+                                _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16)));
   }
 }
 
@@ -48,11 +57,17 @@ void pack(const bf16* w, std::ptrdiff_t out_stride, std::ptrdiff_t in_stride, in
   const int in_tiles = divide_up(in, amx::kTileSum);
   for (int n = 0; n < out; n += 16) {
     for (int k = 0; k < in_tiles * amx::kTileSum; k += amx::kTileSum) {
-      pack_tile(w + n * out_stride + k * in_stride, out_stride, in_stride, std::min(16, out - n),
-                std::min(amx::kTileSum, in - k), packed);
+      const int num_out = std::min(16, out - n), num_in = std::min(amx::kTileSum, in - k);
+      const bf16* from = w + n * out_stride + k * in_stride;
+      if (num_in > 30) {
+        pack_tile<true>(from, out_stride, in_stride, num_out, num_in, packed);
+      } else {
+        pack_tile<false>(from, out_stride, in_stride, num_out, num_in, packed);
+      }
       packed += kTileElements;
     }
   }
+  _mm_sfence();  // streamed lines are seen no later than what the thread does next
 }
 
 namespace {
@@ -85,18 +100,19 @@ inline void transpose_half(const bf16* from, bf16* to) {
 
 }  // namespace
 
-void transpose_packed(Packed w, int out, int in, int begin, int end, bf16* transposed) {
-  const int in_tiles = in / amx::kTileSum, out_tiles = divide_up(out, 16);
-  const int steps = divide_up(out, amx::kTileSum);
-  for (int n = begin; n < end; n += 16) {
-    const bf16* from = w + std::ptrdiff_t(n / amx::kTileSum) * kTileElements +
-                       n % amx::kTileSum / 16 * (kTileElements / 2);
+void transpose_packed(const PackedMatrix& from, Range in, Range out, bf16* transposed) {
+  const int in_tiles = from.in / amx::kTileSum, out_tiles = divide_up(from.out, 16);
+  const int steps = divide_up(from.out, amx::kTileSum);
+  const int tile_end = std::min(divide_up(out.end, 16), out_tiles);
+  for (int n = in.begin; n < in.end; n += 16) {
+    const bf16* source = from.w + std::ptrdiff_t(n / amx::kTileSum) * kTileElements +
+                         n % amx::kTileSum / 16 * (kTileElements / 2);
     bf16* to = transposed + std::ptrdiff_t(n / 16) * steps * kTileElements;
-    for (int tile = 0; tile < out_tiles; ++tile) {
-      transpose_half(from + std::ptrdiff_t(tile) * in_tiles * kTileElements,
+    for (int tile = out.begin / 16; tile < tile_end; ++tile) {
+      transpose_half(source + std::ptrdiff_t(tile) * in_tiles * kTileElements,
                      to + std::ptrdiff_t(tile) * (kTileElements / 2));
     }
-    if (out_tiles % 2) {
+    if (tile_end == out_tiles && out_tiles % 2) {
       std::memset(to + std::ptrdiff_t(out_tiles) * (kTileElements / 2), 0, kTileElements);
     }
   }

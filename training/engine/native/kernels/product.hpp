@@ -24,10 +24,19 @@ std::size_t packed_elements(int out, int in);
 void pack(const bf16* w, std::ptrdiff_t out_stride, std::ptrdiff_t in_stride, int out, int in,
           bf16* packed);
 
-// From the packed W [out, in] the packed W^T [in, out], in multiples of 16 columns (rows of W^T)
-// [begin, end): a few milliseconds for a whole model, where keeping both would double its memory.
-// ``in`` is a multiple of 32. One thread.
-void transpose_packed(Packed w, int out, int in, int begin, int end, bf16* transposed);
+struct PackedMatrix {
+  Packed w;
+  int out, in;  // in: a multiple of 32
+};
+
+struct Range {
+  int begin, end;
+};
+
+// Of the packed W^T [in, out] the rows ``in``, a multiple of 16 of them, and the columns ``out``,
+// which begin at a multiple of 32 and end at one or at the last. A few milliseconds for a whole
+// model, where keeping both would double its memory. One thread.
+void transpose_packed(const PackedMatrix& from, Range in, Range out, bf16* transposed);
 
 // Row ``index`` of W [out, in] out of its tiles.
 void unpack_row(Packed w, int in, int index, bf16* row);
