@@ -125,6 +125,7 @@ class TaskManager:
                 ),
             )
         else:
+            self._gathering.arrived(operation.model_id, operation.arrived_s)
             self._wake.set()
 
     def reset_window(self, model_id: str) -> None:
