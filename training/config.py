@@ -78,9 +78,10 @@ class EngineConfig(_Section):
     num_threads: int | None = Field(None, gt=0)
     max_slots: int = Field(4096, gt=0)
     """Models that may be loaded at once, in memory or on disk."""
-    adapter_memory_bytes: int = Field(4 * 2**30, gt=0)
+    adapter_memory_bytes: int | None = Field(None, gt=0)
     """Of all adapters being trained, with their gradients and moments; those not used for longest
-    are put on disk. One adapter is always served, even if it alone is over this."""
+    are put on disk. One adapter is always served, even if it alone is over this. None: a third of
+    the device's memory, or of what a container may use of it."""
     idle_spill_s: float = Field(20.0, gt=0)
     """An adapter that was not used for this long is put on disk too, so that it costs no memory."""
     spill_dir: Path | None = None

@@ -17,12 +17,15 @@ from training.config import EngineConfig
 from training.core.errors import UnitError
 from training.engine.adapter import AdapterLayout
 from training.engine.buffers import GradientBuffers
+from training.engine.machine import memory_bytes
 from training.engine.slot import Slot
 from training.engine.slot_store import Entry, SlotStore, reason
 from training.engine.state_files import SavedState
 
 _log = logging.getLogger(__name__)
 
+DEFAULT_PARTS = 3
+"""Of the memory; one for adapters, the others for models, their caches and whatever else runs."""
 BUSY_SHARE = 0.02
 """Of the engine's time that spilling idle adapters may take from others' work."""
 FAILED_PAUSE_S = 30.0
@@ -44,7 +47,9 @@ class SlotMemory:
         self.lent_bytes = 0
         """Gradient buffers that a running unit holds."""
         self._store = store
-        self._budget_bytes = config.adapter_memory_bytes
+        self._budget_bytes = (
+            config.adapter_memory_bytes or memory_bytes(store.device) // DEFAULT_PARTS
+        )
         self._idle_spill_s = config.idle_spill_s
         self._clock = clock
         self._recent: OrderedDict[Entry, None] = OrderedDict()  # in memory; last used last
