@@ -16,12 +16,13 @@ from contextlib import ExitStack
 from benchmarks import baselines as theirs
 from benchmarks import service
 from benchmarks.baselines import GENERATE, TRIED, TUNED, VLLM, WRITTEN
-from benchmarks.memory import memory_of
+from benchmarks.memory import memory_of, reset_peak
 from benchmarks.run import Bench, Part, Values, parser_of, run_parts
 from benchmarks.service import Service
 from benchmarks.workload import (
     NEW_TOKENS,
     OURS,
+    PASSES,
     PROMPT_TOKENS,
     RANK,
     TENANT_RANKS,
@@ -34,6 +35,7 @@ from benchmarks.workload import (
 from tests.servers import FAKE_MODEL
 
 CONCURRENCY = (1, 8, 32)
+LARGE_SHAPES = (Shape(256, 32), Shape(1, 8192))
 BLOCK_STEPS = 20
 """Smallest steps whose sum is compared with the server's own clocks."""
 
@@ -95,6 +97,8 @@ def tenants(bench: Bench) -> Values:
         ways = {
             OURS: service.training(ours.trainer(), Shape(8, 128)),
             f"{OURS}, 8 tenants": service.tenants(trainers, 128),
+            PASSES: service.passes(ours.trainer(), Shape(8, 128)),
+            f"{PASSES}, 8 tenants": service.tenants(trainers, 128, optimize=False),
             WRITTEN.name: theirs.training(one, Shape(8, 128)),
             f"{WRITTEN.name}, 8 tenants": theirs.tenants(many, TENANT_RANKS, 128),
         }
@@ -192,18 +196,24 @@ def fixed_cost(where: Service, step: Callable[[], object], rounds: int) -> dict[
 
 
 def memory(bench: Bench) -> Values:
-    """After steps of 8x128 tokens; a server that has done nothing else."""
+    """After steps of 8x128 tokens, of a server that has done nothing else; then of larger ones."""
     shape, steps = Shape(8, 128), bench.options.memory_steps
     sizes: dict[str, Values] = {}
     with ExitStack() as stack:
         ours = bench.service(stack)
         idle_mib = memory_of(ours.engine_pid).steady_mib
-        work = service.training(ours.trainer(), shape)
+        trainer = ours.trainer()
+        work = service.training(trainer, shape)
         for _ in range(steps):
             work()
         for name, pid in (("engine", ours.engine_pid), ("API", ours.api_pid)):
             sizes[f"{OURS}, {name}"] = memory_of(pid)._asdict()
         sizes[f"{OURS}, engine"]["idle_mib"] = idle_mib
+        for large in LARGE_SHAPES:
+            reset_peak(ours.engine_pid)
+            for _ in range(2):
+                service.training(trainer, large)()
+            sizes[f"{OURS}, engine, {large} tokens"] = memory_of(ours.engine_pid)._asdict()
     for variant in (WRITTEN, TUNED):
         with bench.baselines.peft(variant) as child:
             for _ in range(steps):

@@ -132,7 +132,13 @@ def training(trainer: tinker.TrainingClient, shape: Shape) -> Work:
     return clocked(step(trainer, sdk_data(training_rows(shape))))
 
 
-def tenants(trainers: Sequence[tinker.TrainingClient], length: int) -> Work:
+def passes(trainer: tinker.TrainingClient, shape: Shape) -> Work:
+    """Gradients alone: each run adds to those before."""
+    data = sdk_data(training_rows(shape))
+    return clocked(lambda: trainer.forward_backward(data, "cross_entropy").result())
+
+
+def tenants(trainers: Sequence[tinker.TrainingClient], length: int, optimize: bool = True) -> Work:
     """One sequence for each, all submitted before any is waited for."""
     data = [sdk_data(training_rows(Shape(1, length), seed)) for seed in range(len(trainers))]
 
@@ -141,7 +147,7 @@ def tenants(trainers: Sequence[tinker.TrainingClient], length: int) -> Work:
             trainer.forward_backward(each, "cross_entropy")
             for trainer, each in zip(trainers, data, strict=True)
         ]
-        steps = [trainer.optim_step(RATE) for trainer in trainers]
+        steps = [trainer.optim_step(RATE) for trainer in trainers if optimize]
         for loss in losses:
             loss.result()
         for optimized in steps:
