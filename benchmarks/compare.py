@@ -20,9 +20,9 @@ from benchmarks.memory import memory_of, reset_peak
 from benchmarks.run import Bench, Part, Values, parser_of, run_parts
 from benchmarks.service import Service
 from benchmarks.workload import (
+    IN_BACKEND,
     NEW_TOKENS,
     OURS,
-    PASSES,
     PROMPT_TOKENS,
     RANK,
     TENANT_RANKS,
@@ -30,6 +30,7 @@ from benchmarks.workload import (
     Shape,
     Work,
     as_in_a_loop,
+    clocked,
     take_turns,
 )
 from tests.servers import FAKE_MODEL
@@ -94,11 +95,13 @@ def tenants(bench: Bench) -> Values:
         trainers = [ours.trainer(rank, seed) for seed, rank in enumerate(TENANT_RANKS)]
         one = stack.enter_context(bench.baselines.peft(WRITTEN))
         many = stack.enter_context(bench.baselines.peft(WRITTEN))
+        alone = service.training(ours.trainer(), Shape(8, 128))
+        together = service.tenants(trainers, 128)
         ways = {
-            OURS: service.training(ours.trainer(), Shape(8, 128)),
-            f"{OURS}, 8 tenants": service.tenants(trainers, 128),
-            PASSES: service.passes(ours.trainer(), Shape(8, 128)),
-            f"{PASSES}, 8 tenants": service.tenants(trainers, 128, optimize=False),
+            OURS: alone,
+            f"{OURS}, 8 tenants": together,
+            IN_BACKEND: ours.in_backend(alone),
+            f"{IN_BACKEND}, 8 tenants": ours.in_backend(together),
             WRITTEN.name: theirs.training(one, Shape(8, 128)),
             f"{WRITTEN.name}, 8 tenants": theirs.tenants(many, TENANT_RANKS, 128),
         }
@@ -182,13 +185,17 @@ def fixed(bench: Bench) -> Values:
 def fixed_cost(where: Service, step: Callable[[], object], rounds: int) -> dict[str, list[float]]:
     """Seconds of a step: as the client sees it, in the backend, and the difference."""
     seconds: dict[str, list[float]] = {"client": [], "backend": [], "service": []}
-    for number in range(rounds + 1):
-        before, start = where.backend_seconds(), time.perf_counter()
+    client = 0.0
+
+    def steps() -> None:
+        nonlocal client
+        start = time.perf_counter()
         for _ in range(BLOCK_STEPS):
             step()
         client = (time.perf_counter() - start) / BLOCK_STEPS
-        time.sleep(0.1)  # the last unit's clock is read a moment after its result is out
-        backend = (where.backend_seconds() - before) / BLOCK_STEPS
+
+    for number in range(rounds + 1):
+        backend = where.in_backend(clocked(steps))() / BLOCK_STEPS
         if number:
             for key, value in zip(seconds, (client, backend, client - backend), strict=True):
                 seconds[key].append(value)

@@ -55,6 +55,16 @@ class Service(NamedTuple):
         text = httpx.get(f"{self.server.base_url}/metrics").raise_for_status().text
         return sum(map(float, _UNIT_SECONDS.findall(text)))
 
+    def in_backend(self, work: Work) -> Work:
+        """Seconds of ``work`` spent there; a unit is counted before its results are out."""
+
+        def seconds() -> float:
+            before = self.backend_seconds()
+            work()
+            return self.backend_seconds() - before
+
+        return seconds
+
     # ----------------------------------------------------------------- work
 
     def trainer(self, rank: int = RANK, seed: int = 0) -> tinker.TrainingClient:
@@ -132,12 +142,6 @@ def training(trainer: tinker.TrainingClient, shape: Shape) -> Work:
     return clocked(step(trainer, sdk_data(training_rows(shape))))
 
 
-def passes(trainer: tinker.TrainingClient, shape: Shape) -> Work:
-    """Gradients alone: each run adds to those before."""
-    data = sdk_data(training_rows(shape))
-    return clocked(lambda: trainer.forward_backward(data, "cross_entropy").result())
-
-
 def tenants(trainers: Sequence[tinker.TrainingClient], length: int, optimize: bool = True) -> Work:
     """One sequence for each, all submitted before any is waited for."""
     data = [sdk_data(training_rows(Shape(1, length), seed)) for seed in range(len(trainers))]
@@ -147,7 +151,7 @@ def tenants(trainers: Sequence[tinker.TrainingClient], length: int, optimize: bo
             trainer.forward_backward(each, "cross_entropy")
             for trainer, each in zip(trainers, data, strict=True)
         ]
-        steps = [trainer.optim_step(RATE) for trainer in trainers if optimize]
+        steps = [trainer.optim_step(RATE) for trainer in trainers]
         for loss in losses:
             loss.result()
         for optimized in steps:

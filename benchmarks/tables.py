@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks import results
 from benchmarks.baselines import GENERATE, TUNED, VLLM, WRITTEN
 from benchmarks.children import REPOSITORY
-from benchmarks.workload import OURS, PASSES, Case
+from benchmarks.workload import IN_BACKEND, OURS, Case
 
 DOCUMENTS = (REPOSITORY / "docs" / "performance.md", REPOSITORY / "README.md")
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -98,7 +98,7 @@ def tuning(part: Measured) -> str:
 def tenants(part: Measured) -> str:
     case = cases_of(part)[0]
     rows = []
-    for way in (OURS, PASSES, WRITTEN.name):
+    for way in (OURS, IN_BACKEND, WRITTEN.name):
         many = f"{way}, 8 tenants"
         share = f"{100 * case.figure(many) / case.figure(way):.0f} %"
         rows.append([way, case.shown(way), case.shown(many), share])

@@ -11,8 +11,8 @@ import numpy as np
 
 OURS = "tinkercloud"
 """The first way of every comparison."""
-PASSES = f"{OURS}, passes alone"
-"""forward_backward without optim_step."""
+IN_BACKEND = f"{OURS}, in the backend"
+"""By the server's own clock: without HTTP, database and client."""
 RANK = 32
 TENANT_RANKS = (4, 8, 12, 16, 20, 24, 28, 32)
 """Of the 8 tenants that train at once; 22.5 on average."""

@@ -63,6 +63,32 @@ def test_who_takes_long_is_not_waited_for(late_s: float) -> None:
     assert gathering.pause_s(plan("a", arrived_s=10.01), ["a"], 10.01) == 0
 
 
+@pytest.mark.parametrize("pause_s", [0.0, 0.005, 30.0])
+def test_who_left_together_comes_back_together(gathering: Gathering, pause_s: float) -> None:
+    """After a pause of all, and in the step after it."""
+    now_s = 10.0 + pause_s
+    gathering.arrived("a", now_s + 0.01)
+    first = plan("a", arrived_s=now_s + 0.01)
+    assert gathering.pause_s(first, ["a"], now_s + 0.01) > 0.02
+    gathering.arrived("b", now_s + 0.02)
+    gathering.arrived("c", now_s + 0.03)
+    ended_s = now_s + 0.03 + UNIT_S
+    gathering.ran(plan("a", "b", "c"), now_s + 0.03, ended_s)
+    gathering.arrived("a", ended_s + 0.01)
+    first = plan("a", arrived_s=ended_s + 0.01)
+    assert gathering.pause_s(first, ["a"], ended_s + 0.01) > 0.02
+
+
+def test_each_may_have_a_pace_of_its_own() -> None:
+    gathering = Gathering()
+    returned(gathering, {"slow": 3.0, "fast": 1.0})
+    gathering.arrived("fast", 11.0)
+    assert gathering.pause_s(plan("fast", arrived_s=11.0), ["fast"], 11.0) == 0
+    gathering.ran(plan("fast", arrived_s=11.0), 11.0, 11.6)
+    gathering.arrived("fast", 12.6)
+    assert gathering.pause_s(plan("fast", arrived_s=12.6), ["fast"], 12.6) == 0
+
+
 def test_who_does_not_come_costs_one_wait(gathering: Gathering) -> None:
     assert gathering.pause_s(plan("a", arrived_s=10.01), ["a"], 10.01) > 0
     gathering.ran(plan("a", arrived_s=10.01), 10.1, 10.4)

@@ -2,8 +2,9 @@
 
 Tenants that train in step send their batches a few milliseconds apart. A unit that left with the
 first of them would compute it alone, at half the speed, while the others wait for the next one; and
-two halves that once got out of step would take turns for ever. So a unit waits for models that, by
-how soon they came back the last time, will be there in a moment.
+two halves that once got out of step would take turns for ever. So a unit waits for models that are
+about to come: those that come back as soon as they did the last time, and those that left together
+with one that is here, and came a moment after it the last time.
 """
 
 from __future__ import annotations
@@ -30,14 +31,16 @@ class Rhythm:
     """Of its last passes, and their tokens."""
     num_tokens: int
     ended_s: float
-    """When its last operation, of any kind, was done."""
+    """When its last operation, of any kind, was done. Equal for all that were done together."""
     return_s: float = 0.0
     """How long after that the next one came, the last time."""
+    previous_return_s: float = 0.0
     is_back: bool = False
 
-    @property
-    def expected_s(self) -> float:
-        return self.ended_s + self.return_s
+    def arrived(self, now_s: float) -> None:
+        if not self.is_back:
+            self.previous_return_s, self.return_s = self.return_s, now_s - self.ended_s
+            self.is_back = True
 
 
 class Gathering:
@@ -47,10 +50,8 @@ class Gathering:
         self._free_s = 0.0
 
     def arrived(self, model_id: str, now_s: float) -> None:
-        rhythm = self._rhythms.get(model_id)
-        if rhythm is not None and not rhythm.is_back:
-            rhythm.is_back = True
-            rhythm.return_s = now_s - rhythm.ended_s
+        if (rhythm := self._rhythms.get(model_id)) is not None:
+            rhythm.arrived(now_s)
 
     def ran(self, plan: Plan, started_s: float, ended_s: float) -> None:
         self._free_s = ended_s
@@ -81,23 +82,29 @@ class Gathering:
         num_tokens = sum(operation.num_tokens for operation in plan.operations)
         patience_s = 0.0
         # Each that comes makes the unit longer, and so the patience for all of them.
-        for rhythm in self._away(plan.kind, set(ready), since_s):
-            num_tokens += rhythm.num_tokens
+        for expected_s, tokens in self._expected(plan.kind, set(ready)):
+            if expected_s < since_s - MAX_PAUSE_S:
+                continue  # it should have been here
+            num_tokens += tokens
             longer_s = min(MAX_SHARE * self._unit_s(plan.kind, num_tokens), MAX_PAUSE_S)
-            if rhythm.expected_s <= since_s + longer_s:
+            if expected_s <= since_s + longer_s:
                 patience_s = longer_s
         return max(since_s + patience_s - now_s, 0.0)
 
-    def _away(self, kind: PlanKind, present: set[str], since_s: float) -> list[Rhythm]:
-        """Who may be expected about ``since_s``, in order."""
-        away = [
-            rhythm
-            for model_id, rhythm in self._rhythms.items()
-            if rhythm.kind is kind
-            and abs(rhythm.expected_s - since_s) <= MAX_PAUSE_S
-            and model_id not in present
-        ]
-        return sorted(away, key=lambda rhythm: rhythm.expected_s)
+    def _expected(self, kind: PlanKind, present: set[str]) -> list[tuple[float, int]]:
+        """When those come who are away, and with how many tokens; in order."""
+        delays_s: dict[float, float] = {}
+        away: list[Rhythm] = []
+        for model_id, rhythm in self._rhythms.items():
+            if model_id not in present:
+                if rhythm.kind is kind:
+                    away.append(rhythm)
+            elif rhythm.is_back:
+                delays_s[rhythm.ended_s] = rhythm.return_s - rhythm.previous_return_s
+        return sorted(
+            (each.ended_s + each.return_s + delays_s.get(each.ended_s, 0.0), each.num_tokens)
+            for each in away
+        )
 
     def _unit_s(self, kind: PlanKind, num_tokens: int) -> float:
         """An estimate from below: of late no unit took less, nor less for a token."""
