@@ -21,6 +21,7 @@ from benchmarks.run import Bench, Part, Values, parser_of, run_parts
 from benchmarks.service import Service
 from benchmarks.workload import (
     IN_BACKEND,
+    LOW_TENANT_RANKS,
     NEW_TOKENS,
     OURS,
     PROMPT_TOKENS,
@@ -89,24 +90,29 @@ def tuning(bench: Bench) -> Values:
 
 
 def tenants(bench: Bench) -> Values:
-    """One tenant with a batch of 8, and 8 tenants with one sequence each."""
+    """One tenant with a batch of 8, and 8 tenants with one sequence each (PEFT: in one case)."""
+    cases = []
     with ExitStack() as stack:
         ours = bench.service(stack)
-        trainers = [ours.trainer(rank, seed) for seed, rank in enumerate(TENANT_RANKS)]
+        alone = service.training(ours.trainer(), Shape(8, 128))
         one = stack.enter_context(bench.baselines.peft(WRITTEN))
         many = stack.enter_context(bench.baselines.peft(WRITTEN))
-        alone = service.training(ours.trainer(), Shape(8, 128))
-        together = service.tenants(trainers, 128)
-        ways = {
-            OURS: alone,
-            f"{OURS}, 8 tenants": together,
-            IN_BACKEND: ours.in_backend(alone),
-            f"{IN_BACKEND}, 8 tenants": ours.in_backend(together),
+        peft = {
             WRITTEN.name: theirs.training(one, Shape(8, 128)),
             f"{WRITTEN.name}, 8 tenants": theirs.tenants(many, TENANT_RANKS, 128),
         }
-        case = turns(bench, "8 x 128 tokens, of one tenant or of eight", ways, 8 * 128)
-    return {"cases": [case], "ranks": list(TENANT_RANKS)}
+        for ranks, baseline in ((TENANT_RANKS, peft), (LOW_TENANT_RANKS, {})):
+            trainers = [ours.trainer(rank, seed) for seed, rank in enumerate(ranks)]
+            together = service.tenants(trainers, 128)
+            ways = {
+                OURS: alone,
+                f"{OURS}, 8 tenants": together,
+                IN_BACKEND: ours.in_backend(alone),
+                f"{IN_BACKEND}, 8 tenants": ours.in_backend(together),
+                **baseline,
+            }
+            cases.append(turns(bench, f"ranks {ranks[0]} to {ranks[-1]}", ways, 8 * 128))
+    return {"cases": cases}
 
 
 # --------------------------------------------------------------------------- sampling
