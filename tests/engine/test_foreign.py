@@ -43,13 +43,18 @@ EXPERTS = "mixtral"
 
 
 def foreign_trainer(
-    checkpoint: Path, *specs: LoraSpec, micro_batch_tokens: int = 2048, join: bool = False
+    checkpoint: Path,
+    *specs: LoraSpec,
+    micro_batch_tokens: int = 2048,
+    join: bool = False,
+    activation_memory_bytes: int | None = None,
 ) -> Trainer:
     return make_trainer(
         checkpoint,
         *specs,
         micro_batch_tokens=micro_batch_tokens,
         join_operations=join,
+        activation_memory_bytes=activation_memory_bytes,
         kind=ForeignDecoder,
     )
 
@@ -104,7 +109,7 @@ def test_a_long_sequence_alone_and_checkpointed(name: str, tmp_path: Path) -> No
     """Slot 1's rows are computed last, so a layer computed again must find slot 0's adapter."""
     checkpoint = make_checkpoint(name, tmp_path)
     whole = foreign_trainer(checkpoint, ALL, MLP)
-    cut = foreign_trainer(checkpoint, ALL, MLP, micro_batch_tokens=64)
+    cut = foreign_trainer(checkpoint, ALL, MLP, micro_batch_tokens=64, activation_memory_bytes=1)
     for trainer in (whole, cut):
         finish(trainer.forward_backward(unit(sft_op(0, (200,)), sft_op(1, (90,)))))
     for slot in (0, 1):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +25,9 @@ from tests.engine.training_cases import (
     sft_op,
     unit,
 )
-from training.backends.base import AdamParams, Datum, LoraSpec, TrainOp
+from training.backends.base import AdamParams, Datum, Int32Array, LoraSpec, TrainOp
 from training.core.errors import UnitError, UserError
+from training.engine.decoder import TrainingPass
 from training.engine.model import Transformer
 from training.engine.trainer import Trainer
 
@@ -85,7 +88,9 @@ def test_a_smaller_micro_batch_gives_the_same_gradient(checkpoint: Path) -> None
     """Down to single sequences over the budget, whose layers are computed again."""
     found = []
     for budget in (2048, 64, 8):
-        trainer = make_trainer(checkpoint, ALL, micro_batch_tokens=budget)
+        trainer = make_trainer(
+            checkpoint, ALL, micro_batch_tokens=budget, activation_memory_bytes=1
+        )
         (output,) = finish(trainer.forward_backward(unit(sft_op(0, LENGTHS))))
         found.append((gradient(trainer), np.concatenate(output.logprobs)))
     for other, logprobs in found[1:]:
@@ -93,12 +98,24 @@ def test_a_smaller_micro_batch_gives_the_same_gradient(checkpoint: Path) -> None
         np.testing.assert_allclose(logprobs, found[0][1], atol=1e-5)
 
 
-def test_a_long_sequence_alone_and_checkpointed(checkpoint: Path) -> None:
-    op = sft_op(0, (1500,))
+def test_long_sequences_are_checkpointed_where_their_activations_do_not_fit(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = (1500, 200, 1499, 40)
+    budget = make_trainer(checkpoint).model.activation_bytes(1499)
     whole = make_trainer(checkpoint, ALL)
-    cut = make_trainer(checkpoint, ALL, micro_batch_tokens=256)
+    cut = make_trainer(checkpoint, ALL, micro_batch_tokens=256, activation_memory_bytes=budget)
+    passes: list[tuple[int, bool]] = []
+    run = cut.model.training_pass
+
+    def noted(sequences: Sequence[Int32Array], *rest: Any, **named: Any) -> TrainingPass:
+        passes.append((sum(map(len, sequences)), named["checkpointing"]))
+        return run(sequences, *rest, **named)
+
+    monkeypatch.setattr(cut.model, "training_pass", noted)
     for trainer in (whole, cut):
-        finish(trainer.forward_backward(unit(op)))
+        finish(trainer.forward_backward(unit(*(sft_op(0, (each,)) for each in lengths))))
+    assert passes == [(1500, True), (200, False), (1499, False), (40, False)]
     assert torch.equal(gradient(whole), gradient(cut))
 
 

@@ -33,6 +33,7 @@ def make_trainer(
     dtype: torch.dtype = torch.float32,
     micro_batch_tokens: int = 2048,
     join_operations: bool = False,
+    activation_memory_bytes: int | None = None,
     kind: type[Transformer | ForeignDecoder] = Transformer,
     device: torch.device = CPU,
 ) -> Trainer:
@@ -42,7 +43,11 @@ def make_trainer(
         model = load_model(checkpoint, device, dtype)
     else:
         model = kind.from_directory(checkpoint, device, dtype)
-    config = EngineConfig(micro_batch_tokens=micro_batch_tokens, join_operations=join_operations)
+    config = EngineConfig(
+        micro_batch_tokens=micro_batch_tokens,
+        join_operations=join_operations,
+        activation_memory_bytes=activation_memory_bytes,
+    )
     trainer = Trainer(model, config, BASE_MODEL)
     for slot, spec in enumerate(specs):
         load_random(trainer, slot, spec, checkpoint / f"random-adapter-{slot}")

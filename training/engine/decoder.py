@@ -94,6 +94,13 @@ class Decoder(Protocol):
     def adam(self) -> AdamArithmetic:
         """Steps the adapters' fp32 weights."""
 
+    def activation_bytes(self, num_tokens: int) -> int:
+        """About what a training pass over so many rows keeps until its backward pass, where it is
+        not ``checkpointing``."""
+
+    def release_memory(self) -> None:
+        """Gives back what finished passes have left for the next ones. Not within a pass."""
+
     def new_adapter(self, layout: AdapterLayout, weights: torch.Tensor, trainable: bool) -> Adapter:
         """``weights``: fp32 [num_params]. ``Adapter.update`` brings later ones in."""
 

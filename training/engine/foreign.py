@@ -38,11 +38,12 @@ from training.engine.foreign_shape import (
     find_stack,
     linear_sizes,
 )
+from training.engine.machine import return_free_memory
 from training.engine.optimizer import TorchAdam
 from training.engine.packing import equal_length_runs
 from training.engine.projections import UNEMBED_LAYER
 from training.engine.torch_head import TorchHeadPass
-from training.engine.torch_training import TorchTrainingPass, pack
+from training.engine.torch_training import TorchTrainingPass, activation_bytes, pack
 from training.engine.torch_vocabulary import TorchVocabulary
 
 _log = logging.getLogger(__name__)
@@ -58,8 +59,6 @@ class ForeignDecoder:
         self.config = find_shape(model)
         self.device = model.device
         self.dtype = model.dtype
-        self.vocabulary = TorchVocabulary()
-        self.adam = TorchAdam()
         self.vocabulary = TorchVocabulary()
         self.adam = TorchAdam()
         model.eval()  # type: ignore[no-untyped-call]
@@ -86,6 +85,12 @@ class ForeignDecoder:
         for part, reason in decoder.config.unadaptable.items():
             _log.warning("train_%s is refused for this model: %s", part, reason)
         return decoder
+
+    def activation_bytes(self, num_tokens: int) -> int:
+        return activation_bytes(self.config, num_tokens, self.dtype)
+
+    def release_memory(self) -> None:
+        return_free_memory()
 
     def new_adapter(self, layout: AdapterLayout, weights: torch.Tensor, trainable: bool) -> Adapter:
         return Adapter(layout, converted(weights, self.device, self.dtype))

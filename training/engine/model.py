@@ -29,6 +29,7 @@ from training.engine.lora_linear import (
     lora_linear,
     lora_linear_backward,
 )
+from training.engine.machine import return_free_memory
 from training.engine.model_config import ModelConfig as ModelConfig
 from training.engine.optimizer import TorchAdam
 from training.engine.torch_graphs import DecodeGraphs
@@ -36,7 +37,7 @@ from training.engine.torch_grouped import AdapterStacks
 from training.engine.torch_head import TorchHeadPass
 from training.engine.torch_paths import FastPaths
 from training.engine.torch_sampling import TorchKvCache
-from training.engine.torch_training import TorchTrainingPass, pack
+from training.engine.torch_training import TorchTrainingPass, activation_bytes, pack
 from training.engine.torch_varlen import VarlenAttention
 from training.engine.torch_vocabulary import TorchVocabulary
 from training.engine.weights import LayerWeights, ModelWeights, load_weights
@@ -87,6 +88,12 @@ class Transformer:
         """Loads a Hugging Face directory; raises ``ConfigError`` where it is not supported."""
         config = ModelConfig.from_directory(path)
         return cls(config, load_weights(path, config, device, dtype))
+
+    def activation_bytes(self, num_tokens: int) -> int:
+        return activation_bytes(self.config, num_tokens, self.dtype)
+
+    def release_memory(self) -> None:
+        return_free_memory()
 
     def new_adapter(self, layout: AdapterLayout, weights: torch.Tensor, trainable: bool) -> Adapter:
         """In fp32 it computes on ``weights`` themselves, where they lie on the device: no copy."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import platform
 import queue
 import signal
 import socket
@@ -24,6 +23,7 @@ from training.config import EngineConfig
 from training.core.errors import ConfigError
 from training.engine.load import load_decoder
 from training.engine.loop import EngineLoop
+from training.engine.machine import return_free_memory
 from training.engine.sampler import Sampler
 from training.engine.trainer import Trainer
 
@@ -95,15 +95,9 @@ def load(configure: ipc.Configure) -> Engine:
     if not tokenizer_path.is_file():
         raise ConfigError(f"{configure.model_path} has no tokenizer.json")
     sampler = Sampler(model, engine, tokenizer_path)
-    _return_free_memory()
+    return_free_memory()
     _log.info("loaded %s on %s in %s", configure.base_model, device, engine.dtype)
     return Engine(trainer, sampler)
-
-
-def _return_free_memory() -> None:
-    """What loading has used and freed: the allocator, told to keep such memory, would."""
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def choose_device(engine: EngineConfig) -> torch.device:

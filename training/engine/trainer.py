@@ -27,6 +27,8 @@ from training.engine.adapter import AdapterLayout
 from training.engine.adapter_files import write_adapter
 from training.engine.adapter_slots import AdapterSlots
 from training.engine.decoder import Decoder
+from training.engine.idle import IdleMemory
+from training.engine.machine import memory_bytes
 from training.engine.packing import plan_micro_batches
 from training.engine.slot import Slot
 from training.engine.slot_memory import SlotMemory
@@ -36,6 +38,13 @@ from training.engine.state_files import read_state, write_state
 from training.engine.unit_work import UnitWork
 from training.losses import LOSSES
 from training.losses.base import LossSpec
+
+ACTIVATION_PARTS = 8
+"""One of so many parts of the memory is for the activations of a long sequence."""
+
+IDLE_SPILLS = 3
+"""An engine gives the memory of its passes back after so many times ``idle_spill_s``. Of a pass of
+8192 tokens that is 3.3 GB, which take 5 s to fault in again (8 x 128 tokens: 0.6 GB, 0.9 s)."""
 
 UnitRun = Generator[None, None, list[TrainOutput]]
 """Yields after every micro-batch, so that its caller can do other work; returns the outputs."""
@@ -59,6 +68,10 @@ class Trainer:
             context_length or model.config.context_length, model.config.context_length
         )
         self.slots = slots or new_slots(model, config)
+        self.idle_memory = IdleMemory(model.release_memory, IDLE_SPILLS * config.idle_spill_s)
+        self.activation_memory_bytes = (
+            config.activation_memory_bytes or memory_bytes(model.device) // ACTIVATION_PARTS
+        )
 
     def capabilities(self) -> Capabilities:
         return Capabilities(
@@ -108,8 +121,10 @@ class Trainer:
         return self.slots.use(slot)
 
     def tidy(self, busy: bool) -> float | None:
-        """What the engine's loop calls between turns; see ``SlotMemory.tidy``."""
-        return self.slots.tidy(busy)
+        """What the engine's loop calls between turns: one small piece of work at most. Returns the
+        seconds until there is more to do if nothing else happens; None: nothing."""
+        waits = (self.slots.tidy(busy), self.idle_memory.tidy(busy))
+        return min((each for each in waits if each is not None), default=None)
 
     # ------------------------------------------------------------------ units
 
@@ -122,7 +137,8 @@ class Trainer:
 
     def _run(self, unit: TrainUnit, with_gradient: bool) -> UnitRun:
         self._check(unit)
-        work = UnitWork(self.model, unit, self.slots, with_gradient)
+        budget_bytes = self.activation_memory_bytes
+        work = UnitWork(self.model, unit, self.slots, with_gradient, budget_bytes)
         # Where bits do not depend on the company, small operations always share a pass.
         join = self.model.is_batch_invariant or self.config.join_operations
         try:

@@ -40,11 +40,13 @@ class UnitWork:
         unit: TrainUnit,
         slots: UnitSlots,
         with_gradient: bool,
+        activation_memory_bytes: int,
     ) -> None:
         self.decoder = decoder
         self.unit = unit
         self.slots = slots
         self.with_gradient = with_gradient
+        self.activation_memory_bytes = activation_memory_bytes
         self._sinks: dict[int, GradientSink] = {}
         self._losses = [0.0 for _ in unit.ops]
         self._logprobs: list[list[Float32Array]] = [
@@ -64,7 +66,7 @@ class UnitWork:
             [datum.tokens for each in data for datum in each],
             segments,
             with_gradient=self.with_gradient,
-            checkpointing=batch.oversized,
+            checkpointing=batch.oversized and not self._can_be_kept(segments[-1].stop),
         )
         hidden_TH = training_pass.hidden_TH
         dhidden_TH = torch.zeros_like(hidden_TH) if self.with_gradient else None
@@ -76,6 +78,9 @@ class UnitWork:
         for chunk in batch.chunks:
             if chunk.last and self.with_gradient:
                 self._add_to_slot(chunk.op_index)
+
+    def _can_be_kept(self, num_tokens: int) -> bool:
+        return self.decoder.activation_bytes(num_tokens) <= self.activation_memory_bytes
 
     def _segments(self, chunks: Sequence[Chunk]) -> list[Segment]:
         segments = []

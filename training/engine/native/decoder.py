@@ -18,6 +18,7 @@ import torch
 from training.backends.base import Float32Array, Int32Array
 from training.engine.adapter import AdapterLayout, Segment
 from training.engine.decoder import BLOCK_TOKENS, Chunk, KvCache
+from training.engine.machine import return_free_memory
 from training.engine.model_config import ModelConfig
 from training.engine.native import library
 from training.engine.native.adapters import NativeAdapter
@@ -68,6 +69,20 @@ class NativeDecoder:
     @property
     def model(self) -> library.Model:
         return self.weights.model
+
+    def activation_bytes(self, num_tokens: int) -> int:
+        config = self.config
+        heads = config.num_heads + 2 * config.num_kv_heads
+        qkv = heads * config.head_dim * (2 if config.qk_norm else 1)
+        o = config.num_heads * config.head_dim
+        values = 2 * config.hidden_size + qkv + o + 2 * config.intermediate_size
+        return num_tokens * config.num_layers * values * self.dtype.itemsize
+
+    def release_memory(self) -> None:
+        for memory in (self._training, self._sampling, self.head_memory):
+            memory.release()
+        self._logits = torch.empty(0)
+        return_free_memory()
 
     def new_adapter(
         self, layout: AdapterLayout, weights: torch.Tensor, trainable: bool
@@ -260,6 +275,9 @@ class _PassMemory:
         )
         library.check(status)
 
+    def release(self) -> None:
+        self._kernels.tc_pass_release(self._handle)
+
     def __del__(self) -> None:
         self._kernels.tc_pass_free(self._handle)
 
@@ -278,6 +296,10 @@ class _HeadMemory:
         if self._kept.numel() < count:
             self._kept = torch.empty(count, dtype=torch.bfloat16)
         return self._kept.data_ptr()
+
+    def release(self) -> None:
+        self._kernels.tc_workspace_release(self.handle)
+        self._kept = torch.empty(0, dtype=torch.bfloat16)
 
     def __del__(self) -> None:
         self._kernels.tc_workspace_free(self.handle)

@@ -49,9 +49,7 @@ Pass* tc_pass_new(const Model* model) { return new (std::nothrow) Pass(*model); 
 
 void tc_pass_free(Pass* pass) { delete pass; }
 
-void tc_pass_trim(Pass* pass, std::int64_t num_bytes) { pass->workspace().trim(num_bytes); }
-
-std::int64_t tc_pass_bytes(Pass* pass) { return std::int64_t(pass->workspace().num_bytes()); }
+void tc_pass_release(Pass* pass) { pass->workspace().release(); }
 
 int tc_pass_forward(Pass* pass, const Batch* batch, const Cache* cache, int keep, bf16* hidden) {
   return guarded([&] {
@@ -74,7 +72,7 @@ Workspace* tc_workspace_new() { return new (std::nothrow) Workspace; }
 
 void tc_workspace_free(Workspace* workspace) { delete workspace; }
 
-void tc_workspace_trim(Workspace* workspace, std::int64_t num_bytes) { workspace->trim(num_bytes); }
+void tc_workspace_release(Workspace* workspace) { workspace->release(); }
 
 std::int64_t tc_kept_stride(int vocab) { return kept_stride(vocab); }
 

@@ -1,11 +1,12 @@
 // Memory of a pass: taken piece by piece, given back all at once, kept for the next pass.
 //
 // Fresh pages cost more than the arithmetic on them (measured: 30 to 50 % of a training step with
-// malloc's default), so the memory stays ours until ``trim``.
+// malloc's default), so the memory stays ours until ``release``. It is one range of addresses, as
+// long as the machine's memory, of which only what was ever taken has pages: passes of any sizes
+// follow each other without holes.
 #pragma once
 
 #include <cstddef>
-#include <vector>
 
 namespace kernels {
 
@@ -23,31 +24,22 @@ class Workspace {
     return static_cast<T*>(take_bytes(count * sizeof(T)));
   }
 
-  struct Mark {
-    std::size_t chunk, used;
-  };
-  Mark mark() const { return {current_, used_}; }
-  void reset(Mark mark) {
-    current_ = mark.chunk;
-    used_ = mark.used;
-  }
-  void reset() { reset({0, 0}); }
+  using Mark = std::size_t;
+  Mark mark() const { return used_; }
+  void reset(Mark mark = 0) { used_ = mark; }
 
-  // Gives memory beyond ``num_bytes`` back to the system. Nothing may be taken at the time.
-  void trim(std::size_t num_bytes);
-
-  std::size_t num_bytes() const;
+  // Gives all pages back to the system. Nothing may be taken at the time.
+  void release();
 
  private:
-  struct Chunk {
-    char* memory;
-    std::size_t size;
-  };
   void* take_bytes(std::size_t num_bytes);
+  void reserve();
+  void open(std::size_t num_bytes);
 
-  std::vector<Chunk> chunks_;
-  std::size_t current_ = 0;
-  std::size_t used_ = 0;  // of the current chunk
+  char* memory_ = nullptr;
+  std::size_t reserved_ = 0;  // bytes of addresses
+  std::size_t open_ = 0;      // of them, those that may be read and written
+  std::size_t used_ = 0;
 };
 
 }  // namespace kernels
