@@ -26,6 +26,8 @@ from benchmarks.workload import (
     OURS,
     PROMPT_TOKENS,
     RANK,
+    RECOMPUTING,
+    RECOMPUTING_ENGINE,
     TENANT_RANKS,
     Case,
     Shape,
@@ -38,6 +40,7 @@ from tests.servers import FAKE_MODEL
 
 CONCURRENCY = (1, 8, 32)
 LARGE_SHAPES = (Shape(256, 32), Shape(1, 8192))
+LONG_SHAPE = LARGE_SHAPES[-1]
 BLOCK_STEPS = 20
 """Smallest steps whose sum is compared with the server's own clocks."""
 
@@ -227,6 +230,12 @@ def memory(bench: Bench) -> Values:
             for _ in range(2):
                 service.training(trainer, large)()
             sizes[f"{OURS}, engine, {large} tokens"] = memory_of(ours.engine_pid)._asdict()
+    with ExitStack() as stack:
+        ours = bench.service(stack, **RECOMPUTING_ENGINE)
+        work = service.training(ours.trainer(), LONG_SHAPE)
+        for _ in range(2):
+            work()
+        sizes[f"{RECOMPUTING}, engine, {LONG_SHAPE} tokens"] = memory_of(ours.engine_pid)._asdict()
     for variant in (WRITTEN, TUNED):
         with bench.baselines.peft(variant) as child:
             for _ in range(steps):

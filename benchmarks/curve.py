@@ -35,10 +35,8 @@ class Curve:
 
 def settled_s(work: Work, budget_s: float = 3.0, most: int = 5) -> float:
     """Median of the runs after the first two, which meet memory that is new to the machine (see
-    ``as_in_a_loop``). Only one that takes ten times the budget stands for all."""
-    first = work()
-    if first > 10 * budget_s:
-        return first
+    ``as_in_a_loop``)."""
+    work()
     work()
     seconds: list[float] = []
     while len(seconds) < most and (not seconds or sum(seconds) < budget_s):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from benchmarks import baselines as theirs
 from benchmarks import service
-from benchmarks.baselines import TUNED, WRITTEN
+from benchmarks.baselines import WRITTEN, tuned
 from benchmarks.curve import Curve, settled_s
 from benchmarks.memory import memory_of, reset_peak
 from benchmarks.run import Bench, Values
-from benchmarks.workload import OURS, RANK, Shape
+from benchmarks.workload import OURS, RANK, RECOMPUTING, RECOMPUTING_ENGINE, Shape
 
 DOUBLING = (1, 2, 4, 8, 16, 32, 64)
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
@@ -19,6 +20,8 @@ RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 TENANT_RANKS = (4, 8, 16, 32)
 """Tenants get them in turn: 15 on average. """
 LONE_RANK = 16
+LONG = 2048
+"""More than a micro-batch."""
 LENGTH_TOKENS = 2048
 """Of the batches of different lengths, but for sequences that are longer."""
 LIMIT = "bfloat16"
@@ -39,26 +42,42 @@ def length(bench: Bench) -> Values:
     points = {
         length: Shape(max(1, LENGTH_TOKENS // length), length) for length in bench.some(LENGTHS)
     }
-    curve = speeds(bench, "tokens of a sequence", points, THEIR_LENGTHS)
+    curve = speeds(bench, "tokens of a sequence", points, THEIR_LENGTHS, recomputing_from=LONG)
     flops = bench.limits.gemm_flops
     limits = [(x, bench.costs.train_tokens_per_s(flops, x, RANK)) for x in points]
     return curve.values(limits, LIMIT)
 
 
 def speeds(
-    bench: Bench, x_name: str, points: Mapping[int, Shape], theirs_at: Sequence[int]
+    bench: Bench,
+    x_name: str,
+    points: Mapping[int, Shape],
+    theirs_at: Sequence[int],
+    recomputing_from: float = math.inf,
 ) -> Curve:
     curve = Curve(x_name, "tokens/s", bench.console)
     with ExitStack() as stack:
         trainer = bench.service(stack).trainer()
-        children = [stack.enter_context(bench.baselines.peft(each)) for each in (WRITTEN, TUNED)]
+        if recomputing_from < math.inf:
+            recomputing = bench.service(stack, **RECOMPUTING_ENGINE).trainer()
         for x, shape in points.items():
             seconds = settled_s(service.training(trainer, shape))
             curve.add(OURS, x, shape.num_tokens / seconds)
-            for child in children if x in theirs_at else ():
-                seconds = settled_s(theirs.training(child, shape))
-                curve.add(child.name, x, shape.num_tokens / seconds)
+            if x >= recomputing_from:
+                seconds = settled_s(service.training(recomputing, shape))
+                curve.add(RECOMPUTING, x, shape.num_tokens / seconds)
+            if x in theirs_at:
+                add_theirs(curve, bench, x, shape)
     return curve
+
+
+def add_theirs(curve: Curve, bench: Bench, x: int, shape: Shape, rank: int = RANK) -> None:
+    """Each has a process of its own for each point: what its allocator keeps of one could else
+    leave no memory for the next."""
+    for variant in (WRITTEN, tuned(shape.length)):
+        with bench.baselines.peft(variant) as child:
+            seconds = settled_s(theirs.training(child, shape, rank))
+        curve.add(variant.name, x, shape.num_tokens / seconds)
 
 
 def tenants(bench: Bench) -> Values:
@@ -89,13 +108,11 @@ def rank(bench: Bench) -> Values:
     curve = Curve("rank, 8 x 128 tokens", "tokens/s", bench.console)
     with ExitStack() as stack:
         ours = bench.service(stack)
-        children = [stack.enter_context(bench.baselines.peft(each)) for each in (WRITTEN, TUNED)]
         for x in points:
             seconds = settled_s(service.training(ours.trainer(x), shape))
             curve.add(OURS, x, shape.num_tokens / seconds)
-            for child in children if x in THEIR_RANKS else ():
-                seconds = settled_s(theirs.training(child, shape, x))
-                curve.add(child.name, x, shape.num_tokens / seconds)
+            if x in THEIR_RANKS:
+                add_theirs(curve, bench, x, shape, rank=x)
     flops = bench.limits.gemm_flops
     return curve.values([(x, bench.costs.train_tokens_per_s(flops, 128, x)) for x in points], LIMIT)
 
@@ -120,11 +137,18 @@ def memory(
     earlier one is no more than the next one needs."""
     curve = Curve(x_name, "MiB", bench.console)
     with ExitStack() as stack:
-        ours = bench.service(stack)
-        trainer = ours.trainer()
+        servers = {
+            OURS: bench.service(stack),
+            RECOMPUTING: bench.service(stack, **RECOMPUTING_ENGINE),
+        }
+        trainers = {name: server.trainer() for name, server in servers.items()}
         child = stack.enter_context(bench.baselines.peft(WRITTEN))
         for x, shape in points.items():
-            ways = {OURS: (ours.engine_pid, service.training(trainer, shape))}
+            ways = {
+                name: (server.engine_pid, service.training(trainers[name], shape))
+                for name, server in servers.items()
+                if name is OURS or shape.length >= LONG
+            }
             if x in theirs_at:
                 ways[WRITTEN.name] = (child.pid, theirs.training(child, shape))
             for way, (pid, work) in ways.items():

@@ -91,12 +91,13 @@ def legend(axes: Axes, theme: Theme) -> None:
     drawn = axes.legend(
         loc="lower left",
         bbox_to_anchor=(-0.01, 1.0),
-        ncols=4,
+        ncols=5,
         frameon=False,
         labelcolor=theme.text,
         fontsize=9.5,
-        handlelength=1.6,
-        columnspacing=1.2,
+        handlelength=1.3,
+        columnspacing=0.8,
+        handletextpad=0.5,
         borderpad=0.2,
     )
     drawn.set_in_layout(False)  # else a long one would squeeze the axes

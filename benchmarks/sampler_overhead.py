@@ -64,6 +64,12 @@ class NoDecoder:
         self._hidden = torch.zeros(4096, Shape.hidden_size)
         self._logits = torch.randn(4096, VOCAB_SIZE)
 
+    def activation_bytes(self, num_tokens: int) -> int:
+        raise NotImplementedError
+
+    def release_memory(self) -> None:
+        raise NotImplementedError
+
     def new_adapter(self, layout: AdapterLayout, weights: torch.Tensor, trainable: bool) -> Adapter:
         raise NotImplementedError
 
