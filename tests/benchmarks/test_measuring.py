@@ -47,7 +47,7 @@ def test_one_round_is_counted_however_late_it_is() -> None:
 @pytest.mark.parametrize(
     ("durations", "median"),
     [
-        ([31.0], 31.0),
+        ([31.0, 31.0, 8.0], 8.0),
         ([14.0, 9.0, 3.0], 3.0),
         ([0.5, 7.0, 0.2, 0.3, 0.4, 0.1, 0.9, 7.0], 0.3),
         ([1.0, 9.0, 1.2, 1.4, 0.9], 1.2),
