@@ -56,7 +56,7 @@ class LoopDriver:
     """An engine's loop without its process: commands in, and turns until they are answered."""
 
     def __init__(self, trainer: Trainer, sampler: Sampler) -> None:
-        self.slots = trainer.slots
+        self._trainer = trainer
         self._inbox: queue.SimpleQueue[ipc.Call | None] = queue.SimpleQueue()
         self._replies: list[ipc.Reply] = []
         self._loop = EngineLoop(
@@ -74,8 +74,9 @@ class LoopDriver:
                 raise reply.error
 
     def rest(self) -> None:
-        """Until all tenants are on disk and nothing is kept for them."""
-        while self.slots.memory.num_bytes:
+        """Until all tenants are on disk, nothing is kept for them, and nothing for a next pass."""
+        trainer = self._trainer
+        while trainer.slots.memory.num_bytes or not trainer.idle_memory.is_released:
             self._loop.turn(wait=True)
 
 

@@ -18,13 +18,16 @@ def test_released_once_after_each_time_of_work() -> None:
     clock, released = Clock(), []
     memory = IdleMemory(lambda: released.append(clock.now_s), AFTER_S, clock)
     assert memory.tidy(busy=False) is None  # nothing was ever taken
+    assert memory.is_released
     for worked_at_s in (200.0, 300.0):
         clock.now_s = worked_at_s
         assert memory.tidy(busy=True) == AFTER_S
         clock.now_s = worked_at_s + 15
         assert memory.tidy(busy=False) == 5.0
+        assert not memory.is_released
         clock.now_s = worked_at_s + 20
         assert memory.tidy(busy=False) is None
+        assert memory.is_released
         clock.now_s = worked_at_s + 50
         assert memory.tidy(busy=False) is None
     assert released == [220.0, 320.0]

@@ -20,6 +20,10 @@ class IdleMemory:
         self._clock = clock
         self._worked_at_s: float | None = None  # None: nothing since the last release
 
+    @property
+    def is_released(self) -> bool:
+        return self._worked_at_s is None
+
     def tidy(self, busy: bool) -> float | None:
         """Returns the seconds until there is something to do if nothing else happens; None: never.
 
