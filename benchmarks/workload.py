@@ -81,9 +81,9 @@ def take_turns(
     backwards: who runs after whom makes no difference then.
     """
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    start = clock()
     for work in ways.values() if warm_up else ():
         work()
+    start = clock()
     for number in range(rounds):
         if number and clock() - start > budget_s:
             break
