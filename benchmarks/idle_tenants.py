@@ -14,6 +14,7 @@ import gc
 import json
 import os
 import queue
+import shutil
 import sys
 import tempfile
 import time
@@ -39,6 +40,8 @@ COUNTS = (1, 2, 10, 50, 100, 200, 500, 1000)
 """Of tenants, at which memory is looked at."""
 BUSY = 0
 FIRST_STEP = Shape(1, 16)
+SPILLED_BYTES = 180_000_000
+"""Room for a tenant on disk: without it, it stays in memory and is never at rest."""
 LEAVING = 3
 """Tenants that have just become idle: what the busy one's turns leave time for is less."""
 
@@ -188,10 +191,14 @@ def main() -> None:
     parser.add_argument("--shape", default="8x128")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--idle-s", type=float, default=1.0, help="engine.idle_spill_s")
-    parser.add_argument("--spill-dir", type=Path, help="each tenant takes 180 MB there")
+    parser.add_argument("--spill-dir", type=Path, help="where tenants go; see SPILLED_BYTES")
     parser.add_argument("--out", type=Path, help="where figures are written, as JSON")
     options = parser.parse_args()
     parent = options.spill_dir or Path(tempfile.gettempdir())
+    if options.tenants <= LEAVING:
+        parser.error(f"--tenants must be more than {LEAVING}")
+    if shutil.disk_usage(parent).free < options.tenants * SPILLED_BYTES:
+        parser.error(f"each of the tenants needs {SPILLED_BYTES / 1e6:.0f} MB in {parent}")
     config = EngineConfig(idle_spill_s=options.idle_s, spill_dir=parent / "idle-tenants")
     if SETTLED not in os.environ:  # the allocator reads its settings when a process starts
         environment = child_environment(config, os.environ) | {SETTLED: "1"}
