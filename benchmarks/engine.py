@@ -101,7 +101,7 @@ def run(options: argparse.Namespace, config: EngineConfig, scratch: Path) -> Non
     for number, snapshot in enumerate(snapshots):
         engine.trainer.load_slot(1, LoraSpec(RANK, seed=number), None, True)
         training_step(engine, Shape(1, 16), 1)()
-        engine.trainer.export_adapter(1, scratch / snapshot)
+        engine.trainer.capture_adapter(1).write(scratch / snapshot)
         engine.trainer.unload_slot(1)
         engine.sampler.publish(snapshot, scratch / snapshot)
     for requests in options.requests:

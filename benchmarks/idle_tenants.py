@@ -30,7 +30,7 @@ from training.backends import ipc
 from training.backends.base import AdamParams, Datum, LoraSpec, TrainOp, TrainUnit
 from training.backends.child import child_environment
 from training.config import EMBEDDED_MODEL, EngineConfig
-from training.engine.loop import EngineLoop
+from training.engine.loop import EngineLoop, Inbox
 from training.engine.process import load
 from training.engine.sampler import Sampler
 from training.engine.trainer import Trainer
@@ -60,11 +60,13 @@ class LoopDriver:
 
     def __init__(self, trainer: Trainer, sampler: Sampler) -> None:
         self._trainer = trainer
-        self._inbox: queue.SimpleQueue[ipc.Call | None] = queue.SimpleQueue()
+        self._inbox: Inbox = queue.SimpleQueue()
         self._replies: list[ipc.Reply] = []
-        self._loop = EngineLoop(
-            trainer, sampler, self._inbox, self._replies.append, sampling_share=0.5
-        )
+        self._loop = EngineLoop(trainer, sampler, self._inbox, self._reply, sampling_share=0.5)
+
+    def _reply(self, reply: ipc.Reply | ipc.Written) -> None:
+        assert isinstance(reply, ipc.Reply)  # nothing is saved here
+        self._replies.append(reply)
 
     def run(self, *commands: ipc.Command) -> None:
         self._replies.clear()

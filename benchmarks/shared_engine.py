@@ -24,7 +24,7 @@ from benchmarks.workload import RANK, Shape, token_rows, training_rows
 from training.backends import ipc
 from training.backends.base import Datum, LoraSpec, SampleRequest, TrainOp, TrainUnit
 from training.config import EMBEDDED_MODEL, EngineConfig
-from training.engine.loop import EngineLoop
+from training.engine.loop import EngineLoop, Inbox
 from training.engine.process import load
 
 SHAPE = Shape(8, 256)
@@ -53,7 +53,7 @@ class Bench:
         self.unit = TrainUnit([TrainOp(0, "cross_entropy", {}, data)])
 
     def run(self, seconds: float, trains: bool, samples: bool) -> Outcome:
-        inbox: queue.SimpleQueue[ipc.Call | None] = queue.SimpleQueue()
+        inbox: Inbox = queue.SimpleQueue()
         latencies_s: list[float] = []
         num_units = 0
         asked_at = 0.0
@@ -68,8 +68,9 @@ class Bench:
             request = SampleRequest(str(len(latencies_s)), None, prompt, 1, NEW_TOKENS, seed=0)
             inbox.put(ipc.Call(1, ipc.Sample(request)))
 
-        def reply(answer: ipc.Reply) -> None:
+        def reply(answer: ipc.Reply | ipc.Written) -> None:
             nonlocal num_units
+            assert isinstance(answer, ipc.Reply)
             if answer.error is not None:
                 raise answer.error
             if answer.call_id == 0:

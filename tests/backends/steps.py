@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,17 @@ from tests.backends.harness import (
     op,
     unit,
 )
-from training.backends.base import AdamParams, Datum, Float32Array
+from training.backends.base import AdamParams, Datum, Float32Array, Saving
 
 LENGTHS = (5, 33, 1, 17, 64, 90, 2)  # odd number, unequal, some longer than a micro-batch
 
 
+async def written(saving: Awaitable[Saving]) -> None:
+    await (await saving).written()
+
+
 async def exported(harness: Harness, slot: int, directory: Path) -> dict[str, Float32Array]:
-    await harness.backend.export_adapter(slot, directory)
+    await written(harness.backend.export_adapter(slot, directory))
     return load_file(directory / "adapter_model.safetensors")
 
 

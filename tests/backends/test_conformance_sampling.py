@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.backends.harness import Harness, as_datum, datum, op, request, same_sample, spec, unit
+from tests.backends.steps import written
 from training.backends.base import (
     AdamParams,
     Float32Array,
@@ -37,7 +38,7 @@ async def trained_snapshot(
         data = [datum(harness.vocab_size, 30, seed)]
         await harness.backend.forward_backward(unit(op(slot, *data)))
         await harness.backend.optim_step({slot: AdamParams(learning_rate=2e-2)})
-    await harness.backend.export_adapter(slot, directory)
+    await written(harness.backend.export_adapter(slot, directory))
     await harness.backend.publish(snapshot_id, directory)
 
 
@@ -316,7 +317,7 @@ async def test_a_snapshot_is_not_the_base_and_does_not_move(
     await harness.backend.forward_backward(unit(op(0, datum(harness.vocab_size, 30, 2))))
     await harness.backend.optim_step({0: AdamParams(learning_rate=0.1)})
     np.testing.assert_allclose(await scores("fixed"), before, atol=harness.sampler)
-    await harness.backend.export_adapter(0, tmp_path / "newer")
+    await written(harness.backend.export_adapter(0, tmp_path / "newer"))
     await harness.backend.publish("fixed", tmp_path / "newer")
     after = await scores("fixed")
     assert np.abs(after - before).max() > 10 * harness.sampler
@@ -327,7 +328,7 @@ async def test_a_snapshot_is_not_the_base_and_does_not_move(
 
 async def test_a_training_state_can_be_published(harness: Harness, tmp_path: Path) -> None:
     await trained_snapshot(harness, tmp_path / "adapter", "exported")
-    await harness.backend.save_state(0, tmp_path / "state")
+    await written(harness.backend.save_state(0, tmp_path / "state"))
     await harness.backend.publish("state", tmp_path / "state")
     sequences = [
         await one(harness, request(PROMPT, snapshot_id=snapshot_id, seed=4))

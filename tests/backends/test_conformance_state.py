@@ -17,7 +17,7 @@ from tests.backends.harness import (
     spec,
     unit,
 )
-from tests.backends.steps import exported, logprobs, same_weights, some_data, train
+from tests.backends.steps import exported, logprobs, same_weights, some_data, train, written
 from training.backends.base import AdamParams, Datum, Float32Array, LoraSpec
 from training.core.errors import UnitError, UserError
 
@@ -128,7 +128,7 @@ async def test_state_reproduces_the_next_step(harness: Harness, tmp_path: Path) 
     await harness.backend.load_slot(0, spec())
     for seed in range(3):
         await train(harness, 0, *some_data(harness, seed))
-    await harness.backend.save_state(0, tmp_path / "state")
+    await written(harness.backend.save_state(0, tmp_path / "state"))
     await harness.backend.load_slot(1, spec(), tmp_path / "state")
     for slot in (0, 1):
         await train(harness, slot, *some_data(harness, 9))
@@ -144,7 +144,7 @@ async def test_state_without_optimizer_is_a_fresh_optimizer(
     await harness.backend.load_slot(0, spec())
     for seed in range(3):
         await train(harness, 0, *some_data(harness, seed))
-    await harness.backend.save_state(0, tmp_path / "state")
+    await written(harness.backend.save_state(0, tmp_path / "state"))
     before = await exported(harness, 0, tmp_path / "before")
     await harness.backend.load_slot(1, spec(), tmp_path / "state", with_optimizer=False)
     same_weights(before, await exported(harness, 1, tmp_path / "loaded"))
@@ -202,7 +202,7 @@ async def test_layer_groups_are_trained_as_asked(harness: Harness, tmp_path: Pat
 
 async def test_state_of_another_shape_is_refused(harness: Harness, tmp_path: Path) -> None:
     await harness.backend.load_slot(0, spec(rank=4))
-    await harness.backend.save_state(0, tmp_path / "state")
+    await written(harness.backend.save_state(0, tmp_path / "state"))
     with pytest.raises(UserError):
         await harness.backend.load_slot(1, spec(rank=8), tmp_path / "state")
     with pytest.raises(UserError):
@@ -211,7 +211,7 @@ async def test_state_of_another_shape_is_refused(harness: Harness, tmp_path: Pat
 
 async def test_exports_have_the_peft_layout(harness: Harness, tmp_path: Path) -> None:
     await harness.backend.load_slot(0, spec(rank=4))
-    await harness.backend.export_adapter(0, tmp_path / "adapter")
+    await written(harness.backend.export_adapter(0, tmp_path / "adapter"))
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
     assert config["r"] == 4

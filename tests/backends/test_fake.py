@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.backends.harness import datum, op, reinforced, request, spec, unit
+from tests.backends.steps import written
 from tests.backends.tiny import VOCAB_SIZE as VOCAB_SIZE_OF_TINY
 from training.backends.base import AdamParams, TrainOp
 from training.backends.fake import FakeBackend
@@ -81,16 +82,18 @@ async def test_a_crash_is_told_as_an_engine_tells_it(tmp_path: Path) -> None:
     backend = FakeBackend(MODEL, TrainingConfig(), delay_s=0.01)
     await backend.start()
     await backend.load_slot(0, spec())
-    await backend.save_state(0, tmp_path / "state")
+    await written(backend.save_state(0, tmp_path / "state"))
     await backend.publish("kept", tmp_path / "state")
     work = [
         asyncio.create_task(backend.forward_backward(unit(op(0, datum(512, 9, 0))))),
         asyncio.create_task(backend.sample(request((1, 2), max_tokens=1000))),
     ]
-    await asyncio.sleep(0)
+    saving = await backend.save_state(0, tmp_path / "second")
     backend.crash()
     outcomes = await asyncio.gather(*work, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [BackendDead, BackendDead]
+    with pytest.raises(BackendDead):
+        await saving.written()
     assert backend.health().alive
     assert backend.health().generation == 2
     with pytest.raises(BackendDead, match="load it again"):

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import functools
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -23,12 +24,14 @@ import uvloop
 
 from tests.backends.conftest import local_config
 from tests.backends.harness import datum, op, request, spec, unit
+from tests.backends.steps import written
+from tests.backends.test_conformance_saving import slow_disk
 from tests.backends.tiny import CONTEXT_LENGTH, VOCAB_SIZE
 from training.backends.base import AdamParams, TrainUnit
 from training.backends.child import child_environment
 from training.backends.local import RESTART_WINDOW_S, LocalBackend, restart_delay
 from training.config import EngineConfig, ModelConfig, TrainingConfig
-from training.core.errors import BackendDead, ConfigError, UserError
+from training.core.errors import BackendDead, ConfigError, StorageError, UserError
 
 PROMPT = (5, 6, 7)
 Given = ParamSpec("Given")
@@ -101,7 +104,7 @@ async def test_a_killed_engine_comes_back_without_slots_and_with_snapshots(
         for _ in range(2):
             await backend.forward_backward(unit(op(0, datum(VOCAB_SIZE, 20, 1))))
             await backend.optim_step({0: AdamParams(learning_rate=2e-2)})
-        await backend.save_state(0, tmp_path / "state")
+        await written(backend.save_state(0, tmp_path / "state"))
         await backend.publish("kept", tmp_path / "state")
         await backend.publish("dropped", tmp_path / "state")
         await backend.retire("dropped")
@@ -171,6 +174,56 @@ def test_restarts_wait_longer_each_time_and_are_counted_in_a_window() -> None:
     assert restart_delay(deque([1000.0] * 3), 1001.0, 3) is None
     assert restart_delay(deque([1000.0] * 3), 1001.0 + RESTART_WINDOW_S, 3) == 0.5
     assert restart_delay(deque(), 0.0, 0) is None
+
+
+# --------------------------------------------------------------------------- saving
+
+
+@on_uvloop
+async def test_a_state_that_is_being_written_dies_with_its_engine(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    async with running(tiny_llama) as backend:
+        await backend.load_slot(0, spec())
+        with slow_disk(tmp_path / "first"):
+            first = await backend.save_state(0, tmp_path / "first")
+            second = await backend.save_state(0, tmp_path / "second")
+            third = asyncio.create_task(backend.save_state(0, tmp_path / "third"))
+            await asyncio.sleep(0)
+            kill_engine(backend)
+            for saving in (first, second):
+                with pytest.raises(BackendDead, match="signal 9"):
+                    await saving.written()
+            with pytest.raises(BackendDead):
+                await third
+        await backend.load_slot(0, spec())
+        await written(backend.save_state(0, tmp_path / "next"))
+
+
+@on_uvloop
+async def test_what_was_captured_is_written_before_the_engine_is_closed(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    async with running(tiny_llama) as backend:
+        await backend.load_slot(0, spec())
+        saving = await backend.save_state(0, tmp_path / "state")
+        await backend.close()
+        await saving.written()
+        assert (tmp_path / "state" / "state.json").is_file()
+
+
+@on_uvloop
+async def test_a_disk_that_is_full_in_the_middle_of_the_weights(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    async with running(tiny_llama) as backend:
+        await backend.load_slot(0, spec())
+        assert backend.engine_pid is not None
+        limits = resource.prlimit(backend.engine_pid, resource.RLIMIT_FSIZE, (10_000, -1))
+        with pytest.raises(StorageError, match=r"cannot write the state: .*File too large"):
+            await written(backend.save_state(0, tmp_path / "state"))
+        resource.prlimit(backend.engine_pid, resource.RLIMIT_FSIZE, limits)
+        await written(backend.save_state(0, tmp_path / "again"))
 
 
 # --------------------------------------------------------------------------- end

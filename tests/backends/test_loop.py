@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,21 @@ from training.backends.fake import sampler as fake_sampler
 from training.backends.fake import trainer as fake_trainer
 from training.backends.fake.model import BaseWeights, HeadView
 from training.core.errors import StorageError, UnitError, UserError
-from training.engine.loop import EngineLoop, Pauses, TimeShare, Turn
+from training.engine.loop import EngineLoop, Inbox, Pauses, TimeShare, Turn
 
 VOCAB_SIZE = 64
 CONTEXT_LENGTH = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class NumpyCapture:
+    slot: fake_trainer.Slot
+    write_files: Callable[[fake_trainer.Slot, Path, str], None]
+    trainer: NumpyTrainer
+
+    def write(self, directory: Path) -> None:
+        self.trainer.disk_answers.wait()
+        self.write_files(self.slot, directory, "tests/loop")
 
 
 class NumpyTrainer:
@@ -41,6 +53,8 @@ class NumpyTrainer:
         self.log = log
         self.tidied: list[bool] = []
         self.chores = 0
+        self.disk_answers = threading.Event()
+        self.disk_answers.set()
 
     def load_slot(
         self, slot: int, spec: LoraSpec, state_dir: Path | None, with_optimizer: bool
@@ -78,8 +92,8 @@ class NumpyTrainer:
     def discard_grads(self, slot: int) -> None:
         self.slots[slot].gradients = {}
 
-    def save_state(self, slot: int, directory: Path) -> None:
-        fake_trainer.write_state(self.slots[slot], directory, "tests/loop")
+    def capture_state(self, slot: int) -> NumpyCapture:
+        return NumpyCapture(fake_trainer.captured(self.slots[slot]), fake_trainer.write_state, self)
 
     def tidy(self, busy: bool) -> float | None:
         """As often as asked, and there is more to do for ``chores`` times."""
@@ -89,8 +103,9 @@ class NumpyTrainer:
         self.chores -= 1
         return 0.0
 
-    def export_adapter(self, slot: int, directory: Path) -> None:
-        fake_trainer.write_adapter(self.slots[slot], directory, "tests/loop")
+    def capture_adapter(self, slot: int) -> NumpyCapture:
+        held = fake_trainer.captured(self.slots[slot])
+        return NumpyCapture(held, fake_trainer.write_adapter, self)
 
 
 class NumpySampler:
@@ -147,9 +162,10 @@ class Bench:
         self.log: list[str] = []
         self.trainer = NumpyTrainer(self.log)
         self.sampler = NumpySampler(self.log)
-        self.inbox: queue.SimpleQueue[ipc.Call | None] = queue.SimpleQueue()
+        self.inbox: Inbox = queue.SimpleQueue()
         self.replies: dict[int, ipc.Reply] = {}
         self.answered = threading.Event()
+        self.written: queue.SimpleQueue[ipc.Written] = queue.SimpleQueue()
         self.time = 0.0
         self.loop = EngineLoop(
             self.trainer,
@@ -167,7 +183,10 @@ class Bench:
         self.time += 1.0
         return self.time
 
-    def reply(self, reply: ipc.Reply) -> None:
+    def reply(self, reply: ipc.Reply | ipc.Written) -> None:
+        if isinstance(reply, ipc.Written):
+            self.written.put(reply)
+            return
         self.replies[reply.call_id] = reply
         self.answered.set()
 
@@ -196,12 +215,13 @@ def bad_unit() -> TrainUnit:
 
 def test_training_commands_are_answered_in_their_order(tmp_path: Path) -> None:
     bench = Bench()
+    bench.trainer.capture_state(0).write(tmp_path / "state")
     bench.run(
         ipc.LoadSlot(1, spec(), None, True),
         ipc.ForwardBackward(small(1)),
         ipc.Forward(small(1)),
         ipc.OptimStep({1: AdamParams()}),
-        ipc.SaveState(1, tmp_path / "state"),
+        ipc.SaveState(1, tmp_path / "saved"),
         ipc.ExportAdapter(1, tmp_path / "adapter"),
         ipc.LoadSlot(2, spec(), tmp_path / "state", True),
         ipc.ForwardBackward(small(2)),
@@ -219,6 +239,8 @@ def test_training_commands_are_answered_in_their_order(tmp_path: Path) -> None:
     assert isinstance(second, dict)
     assert first[1].metrics["grad_norm"] > 0
     assert second[2].metrics["grad_norm"] == 0
+    assert [bench.written.get().call_id for _ in range(2)] == [5, 6]
+    assert (tmp_path / "saved" / "optimizer.safetensors").is_file()
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert set(bench.trainer.slots) == {0, 2}
 
@@ -246,7 +268,56 @@ def test_disk_errors_are_storage_errors(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     bench = Bench()
     bench.run(ipc.SaveState(0, tmp_path / "file" / "state"))
-    assert isinstance(bench.error(1), StorageError)
+    assert bench.error(1) is None  # the state was captured
+    written = bench.written.get()
+    assert written.call_id == 1
+    assert isinstance(written.error, StorageError)
+    assert str(tmp_path) not in str(written.error)
+
+
+def test_training_goes_on_while_states_are_written(tmp_path: Path) -> None:
+    """A third state is not captured before one of two is written: that command and those behind it
+    wait, samples do not."""
+    bench = Bench()
+    bench.trainer.disk_answers.clear()
+    bench.run(
+        ipc.SaveState(0, tmp_path / "1"),
+        ipc.OptimStep({0: AdamParams()}),
+        ipc.ExportAdapter(0, tmp_path / "3"),
+        ipc.OptimStep({0: AdamParams()}),
+    )
+    bench.inbox.put(ipc.Call(5, ipc.SaveState(0, tmp_path / "5")))
+    bench.inbox.put(ipc.Call(6, ipc.OptimStep({0: AdamParams()})))
+    bench.inbox.put(ipc.Call(7, ipc.Sample(request((1, 2), max_tokens=100))))
+    while 7 not in bench.replies:
+        assert bench.loop.turn(wait=False) is Turn.SAMPLE
+    assert bench.loop.turn(wait=False) is Turn.WAIT
+    assert list(bench.replies) == [1, 2, 3, 4, 7]
+    assert bench.written.empty()
+    assert not list(tmp_path.iterdir())
+    bench.trainer.disk_answers.set()
+    turn = Turn.WAIT
+    while 6 not in bench.replies:
+        turn = bench.loop.turn(wait=turn is Turn.WAIT)  # woken by what was written
+    assert [bench.written.get().call_id for _ in range(3)] == [1, 3, 5]
+    base = bench.trainer.base
+    steps = [
+        fake_trainer.read_slot(base, spec(), tmp_path / name, with_optimizer=True).step
+        for name in ("1", "5")
+    ]
+    assert steps == [0, 2]
+
+
+def test_what_was_captured_is_written_before_the_loop_ends(tmp_path: Path) -> None:
+    bench = Bench()
+    bench.inbox.put(ipc.Call(1, ipc.SaveState(0, tmp_path / "state")))
+    bench.inbox.put(ipc.Call(0, ipc.ExportAdapter(0, tmp_path / "adapter")))
+    for _ in range(2):
+        bench.loop.turn(wait=False)
+    bench.inbox.put(None)
+    bench.loop.run()
+    assert (tmp_path / "state" / "state.json").is_file()
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
 
 
 def test_fatal_errors_end_the_loop() -> None:
@@ -275,7 +346,7 @@ def test_samples_are_answered_when_they_end(tmp_path: Path) -> None:
 
 def test_snapshots_come_and_go_in_the_order_of_commands(tmp_path: Path) -> None:
     bench = Bench()
-    bench.trainer.export_adapter(0, tmp_path)
+    bench.trainer.capture_adapter(0).write(tmp_path)
     bench.run(
         ipc.Publish("one", tmp_path),
         ipc.Sample(request((1, 2), snapshot_id="one")),

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.backends.conftest import local_config
 from tests.backends.harness import datum, op, request, unit
+from tests.backends.steps import written
 from tests.backends.tiny import VOCAB_SIZE, write_tiny_mixtral
 from training.backends.base import AdamParams, Datum, Float32Array, LoraSpec
 from training.backends.local import LocalBackend
@@ -63,7 +64,7 @@ async def assert_exports_equal_peft(model: Path, tmp_path: Path, spec: LoraSpec)
             await backend.forward_backward(unit(op(0, *data)))
             await backend.optim_step({0: AdamParams(learning_rate=2e-2)})
         after = await backend.forward(unit(op(0, *data)))
-        await backend.export_adapter(0, tmp_path / "adapter")
+        await written(backend.export_adapter(0, tmp_path / "adapter"))
         await backend.publish("exported", tmp_path / "adapter")
         prompt = [int(token) for token in [*data[0].tokens, data[0].targets[-1]]]
         scored = await backend.sample(

@@ -62,7 +62,7 @@ def by_peft_name(trainer: Trainer, flat: torch.Tensor) -> dict[str, torch.Tensor
 
 def assert_gradients_are_those_of_peft(trainer: Trainer, checkpoint: Path, op: TrainOp) -> None:
     """Logprobs, loss and gradients of an operation for slot 0, whose gradient is still zero."""
-    trainer.export_adapter(0, checkpoint / "exported")
+    trainer.capture_adapter(0).write(checkpoint / "exported")
     (output,) = finish(trainer.forward_backward(unit(op)))
     model = load_in_peft(checkpoint, checkpoint / "exported")
     loss = peft_loss(model, list(op.data))

@@ -32,7 +32,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
 @pytest.mark.parametrize("slot", range(4))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_round_trip(trainer: Trainer, tmp_path: Path, slot: int, dtype: torch.dtype) -> None:
-    trainer.export_adapter(slot, tmp_path)
+    trainer.capture_adapter(slot).write(tmp_path)
     adapter = load_adapter(tmp_path, trainer.model.config, CPU, dtype, BASE_MODEL)
     held = trainer.slot(slot)
     assert torch.equal(adapter.flat, held.weights.to(dtype))
@@ -42,7 +42,7 @@ def test_round_trip(trainer: Trainer, tmp_path: Path, slot: int, dtype: torch.dt
 
 
 def test_masters_are_written_in_fp32_under_peft_names(trainer: Trainer, tmp_path: Path) -> None:
-    trainer.export_adapter(0, tmp_path)
+    trainer.capture_adapter(0).write(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS_FILE)
     first = tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
     assert (first.dtype, tuple(first.shape)) == (torch.float32, (4, 128))
@@ -72,7 +72,7 @@ def set_value(key: str, value: object) -> Callable[[Config], None]:
 def test_unfit_configs_are_refused(
     trainer: Trainer, tmp_path: Path, change: Callable[[Config], None], message: str
 ) -> None:
-    trainer.export_adapter(0, tmp_path)
+    trainer.capture_adapter(0).write(tmp_path)
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
     change(config)
     (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
@@ -84,7 +84,7 @@ def test_missing_extra_and_damaged_tensors_are_refused(trainer: Trainer, tmp_pat
     def load(config: ModelShape = trainer.model.config) -> None:
         load_adapter(tmp_path, config, CPU, torch.float32)
 
-    trainer.export_adapter(0, tmp_path)
+    trainer.capture_adapter(0).write(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS_FILE)
     save_file({**tensors, "more": torch.zeros(1)}, tmp_path / WEIGHTS_FILE)
     with pytest.raises(UserError, match="unexpected tensors"):

@@ -107,9 +107,9 @@ def test_a_spilled_adapter_is_saved_and_exported(checkpoint: Path, tmp_path: Pat
         bench.step(0)
     spilled.spill_idle()
     for name, bench in (("spilled", spilled), ("kept", kept)):
-        bench.trainer.save_state(0, tmp_path / name)
+        bench.trainer.capture_state(0).write(tmp_path / name)
         bench.spill_idle()
-        bench.trainer.export_adapter(0, tmp_path / f"{name}-export")
+        bench.trainer.capture_adapter(0).write(tmp_path / f"{name}-export")
     for directory, names in (
         ("", ("adapter_model.safetensors", "optimizer.safetensors", "state.json")),
         ("-export", ("adapter_model.safetensors", "adapter_config.json")),
@@ -147,7 +147,7 @@ def test_what_a_seed_gives_needs_no_file(checkpoint: Path, tmp_path: Path) -> No
         finish(bench.trainer.forward(unit(sft_op(slot, LENGTHS))))
     bench.spill_idle()
     assert not bench.files()
-    bench.trainer.save_state(0, tmp_path / "saved")  # of a slot without moments
+    bench.trainer.capture_state(0).write(tmp_path / "saved")  # of a slot without moments
     bench.trainer.load_slot(1, LoraSpec(4, 1), tmp_path / "saved")
     assert_same(bench.state(1)[:1], bench.state(2)[:1])
 

@@ -112,7 +112,7 @@ def test_a_damaged_file_is_never_used(
     with pytest.raises(UnitError, match=r"cannot be read back .* last checkpoint"):
         bench.train(0, 1)
     with pytest.raises(UnitError, match="cannot be read back") as failure:
-        bench.trainer.save_state(0, tmp_path / "saved")
+        bench.trainer.capture_state(0).write(tmp_path / "saved")
     assert str(tmp_path) not in str(failure.value)
     outputs = bench.trainer.optim_step({0: STEP, 1: STEP})
     assert "cannot be read back" in str(outputs[0].error)

@@ -355,7 +355,7 @@ def test_saved_state_reproduces_the_next_step_bit_for_bit(
         return output.metrics["loss:sum"]
 
     train(trainer, 0)
-    trainer.save_state(0, tmp_path / "state")
+    trainer.capture_state(0).write(tmp_path / "state")
     restored = make_trainer(checkpoint, dtype=dtype)
     restored.load_slot(0, ALL, tmp_path / "state")
     for seed in (1, 2):
@@ -370,8 +370,8 @@ def test_saved_state_reproduces_the_next_step_bit_for_bit(
 
 def test_loading_refuses_what_does_not_fit(checkpoint: Path, tmp_path: Path) -> None:
     trainer = make_trainer(checkpoint, ALL)
-    trainer.save_state(0, tmp_path / "state")
-    trainer.export_adapter(0, tmp_path / "exported")
+    trainer.capture_state(0).write(tmp_path / "state")
+    trainer.capture_adapter(0).write(tmp_path / "exported")
     held = trainer.slot(0)
     with pytest.raises(UserError, match="rank is 4, expected 8"):
         trainer.load_slot(0, LoraSpec(8, 1), tmp_path / "state")

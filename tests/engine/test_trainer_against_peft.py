@@ -53,7 +53,7 @@ def test_logprobs_and_gradients(
 def test_weights_after_several_steps(tmp_path: Path) -> None:
     checkpoint = make_checkpoint("llama-tied", tmp_path)
     trainer = make_trainer(checkpoint, ALL)
-    trainer.export_adapter(0, tmp_path / "exported")
+    trainer.capture_adapter(0).write(tmp_path / "exported")
     model = load_in_peft(checkpoint, tmp_path / "exported")
     parameters = peft_parameters(model)
     steps = [
@@ -93,7 +93,7 @@ def test_an_exported_adapter_gives_the_same_logprobs_after_training(tmp_path: Pa
     for seed in range(3):
         finish(trainer.forward_backward(unit(sft_op(0, LENGTHS, seed))))
         trainer.optim_step({0: AdamParams(1e-2)})
-    trainer.export_adapter(0, tmp_path / "exported")
+    trainer.capture_adapter(0).write(tmp_path / "exported")
     data = sft_data(LENGTHS, 9)
     (output,) = finish(trainer.forward(unit(sft_op(0, LENGTHS, 9))))
     model = load_in_peft(checkpoint, tmp_path / "exported")

@@ -7,6 +7,7 @@ Shape legend: N positions of a datum, K targets per position, P prompt tokens, S
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -137,6 +138,24 @@ class Health:
     detail: str = ""
 
 
+class Saving:
+    """A captured state on its way to disk: what is done to its slot now changes nothing of it."""
+
+    def __init__(self, writing: asyncio.Future[None]) -> None:
+        self._writing = writing
+        # Nobody has to ask: a failure that nobody asked about is no error of asyncio's.
+        writing.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    async def written(self) -> None:
+        """Returns when every file is on disk, synced.
+
+        Raises ``StorageError`` (the disk refuses), ``UnitError`` or ``BackendDead`` (the process
+        went before it was done); the directory then holds anything. May be awaited any number of
+        times; cancelling it does not stop the writing.
+        """
+        await asyncio.shield(self._writing)
+
+
 class TrainerBackend(Protocol):
     """Trains many adapters ("slots") on one frozen base model.
 
@@ -182,11 +201,12 @@ class TrainerBackend(Protocol):
 
     async def discard_grads(self, slot: int) -> None: ...
 
-    async def save_state(self, slot: int, directory: Path) -> None:
-        """Writes adapter, moments and step into an empty directory; gradients are not part."""
+    async def save_state(self, slot: int, directory: Path) -> Saving:
+        """Captures adapter, moments and step, to be written into an empty directory; gradients are
+        not part. Returns when they are captured: the slot may then be changed, or unloaded."""
 
-    async def export_adapter(self, slot: int, directory: Path) -> None:
-        """Writes the PEFT layout: ``adapter_model.safetensors`` + ``adapter_config.json``."""
+    async def export_adapter(self, slot: int, directory: Path) -> Saving:
+        """The same of the PEFT layout: ``adapter_model.safetensors`` + ``adapter_config.json``."""
 
 
 # --------------------------------------------------------------------------- sampling

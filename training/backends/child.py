@@ -12,11 +12,12 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import structlog
 
 from training.backends import ipc
-from training.backends.base import Capabilities
+from training.backends.base import Capabilities, Saving
 from training.config import EngineConfig
 from training.core.errors import BackendDead, ConfigError
 
@@ -24,6 +25,8 @@ _log = structlog.get_logger(__name__)
 
 _KEPT_LINES = 20  # of the child's output, told when it dies
 _MAX_LINE_BYTES = 1 << 16
+
+T = TypeVar("T")
 
 
 def child_environment(engine: EngineConfig, environment: Mapping[str, str]) -> dict[str, str]:
@@ -65,6 +68,7 @@ class EngineChild:
         self._configure = configure
         self._on_line = on_line
         self._calls: dict[int, asyncio.Future[object]] = {}
+        self._writings: dict[int, asyncio.Future[None]] = {}  # of states, by their calls
         self._num_calls = 0
         self._outgoing: asyncio.Queue[object] = asyncio.Queue()
         self._last_lines: deque[str] = deque(maxlen=_KEPT_LINES)
@@ -136,10 +140,28 @@ class EngineChild:
 
     async def call(self, command: ipc.Command) -> object:
         """The command's value, or its error raised; ``BackendDead`` when the process goes."""
+        return await self._ask(self._new_call_id(), command)
+
+    async def save(self, command: ipc.SaveState | ipc.ExportAdapter) -> Saving:
+        """Returns with the state captured."""
+        call_id = self._new_call_id()
+        writing = asyncio.get_running_loop().create_future()
+        saving = Saving(writing)
+        self._writings[call_id] = writing  # it may end before we wake up from the line below
+        try:
+            await self._ask(call_id, command)
+        except BaseException:
+            self._writings.pop(call_id, None)
+            raise
+        return saving
+
+    def _new_call_id(self) -> int:
+        self._num_calls += 1
+        return self._num_calls
+
+    async def _ask(self, call_id: int, command: ipc.Command) -> object:
         if self.ended.is_set() or self._stopping:
             raise BackendDead(self.detail or "the engine process is being stopped")
-        self._num_calls += 1
-        call_id = self._num_calls
         answer = asyncio.get_running_loop().create_future()
         self._calls[call_id] = answer
         self._outgoing.put_nowait(ipc.Call(call_id, command))
@@ -199,14 +221,12 @@ class EngineChild:
 
     async def _receive_all(self) -> None:
         while (message := await self._receive()) is not None:
-            assert isinstance(message, ipc.Reply)
-            answer = self._calls.get(message.call_id)
-            if answer is None or answer.done():
-                continue  # posted, or its caller was cancelled
-            if message.error is not None:
-                answer.set_exception(message.error)
+            if isinstance(message, ipc.Written):
+                writing = self._writings.pop(message.call_id, None)
+                _settle(writing, None, message.error)
             else:
-                answer.set_result(message.value)
+                assert isinstance(message, ipc.Reply)
+                _settle(self._calls.get(message.call_id), message.value, message.error)
 
     async def _send_all(self) -> None:
         """The only writer: a cancelled caller never leaves half a frame behind."""
@@ -245,10 +265,21 @@ class EngineChild:
         how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
         self.detail = f"the engine process {self._process.pid} has ended ({how})"
         for answer in self._calls.values():
-            if not answer.done():
-                answer.set_exception(BackendDead(self.detail))
+            _settle(answer, None, BackendDead(self.detail))
+        for writing in self._writings.values():
+            _settle(writing, None, BackendDead(self.detail))
+        self._writings.clear()
         self._socket.close()
         self.ended.set()
 
     def last_lines(self) -> str:
         return "\n".join(self._last_lines)
+
+
+def _settle(future: asyncio.Future[T] | None, value: T, error: Exception | None) -> None:
+    if future is None or future.done():
+        return  # posted, or its caller was cancelled
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(value)

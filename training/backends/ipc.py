@@ -147,10 +147,20 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Reply:
-    """``error`` or the value that the command's method returns."""
+    """``error`` or the value that the command's method returns. Of ``SaveState`` and
+    ``ExportAdapter``: the state is captured."""
 
     call_id: int
     value: object = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """Beside the reply to ``SaveState`` or ``ExportAdapter``, which tells of the capture alone: the
+    files are on disk, or this is why they are not."""
+
+    call_id: int
     error: Exception | None = None
 
 

@@ -24,6 +24,7 @@ from training.backends.base import (
     OptimOutput,
     SampleRequest,
     SampleResult,
+    Saving,
     TrainOutput,
     TrainUnit,
 )
@@ -210,10 +211,14 @@ class LocalBackend:
 
     async def _call(self, command: ipc.TrainingCommand, *slots: int) -> object:
         """``slots`` must have been loaded into the engine that answers."""
+        child = await self._live_with(*slots)
+        return await child.call(command)
+
+    async def _live_with(self, *slots: int) -> EngineChild:
         child = await self._live()
         if lost := sorted(self._lost_slots.intersection(slots)):
             raise BackendDead(f"slot {lost[0]} went with an engine that died; load it again")
-        return await child.call(command)
+        return child
 
     async def load_slot(
         self,
@@ -250,11 +255,13 @@ class LocalBackend:
     async def discard_grads(self, slot: int) -> None:
         await self._call(ipc.DiscardGrads(slot), slot)
 
-    async def save_state(self, slot: int, directory: Path) -> None:
-        await self._call(ipc.SaveState(slot, directory), slot)
+    async def save_state(self, slot: int, directory: Path) -> Saving:
+        child = await self._live_with(slot)
+        return await child.save(ipc.SaveState(slot, directory))
 
-    async def export_adapter(self, slot: int, directory: Path) -> None:
-        await self._call(ipc.ExportAdapter(slot, directory), slot)
+    async def export_adapter(self, slot: int, directory: Path) -> Saving:
+        child = await self._live_with(slot)
+        return await child.save(ipc.ExportAdapter(slot, directory))
 
     async def publish(self, snapshot_id: str, directory: Path) -> None:
         child = await self._live()

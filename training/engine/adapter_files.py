@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from training.backends.base import LoraSpec
+from training.backends.state_files import write_json, write_tensors
 from training.core.errors import UserError
 from training.engine.adapter import Adapter, AdapterLayout
 from training.engine.projections import ModelShape, Part
@@ -59,13 +60,12 @@ def _split_experts(tensor: torch.Tensor, num_experts: int, name: str) -> Sequenc
 def write_adapter(
     directory: Path, layout: AdapterLayout, flat: torch.Tensor, base_model: str
 ) -> None:
-    """Writes both files; ``flat`` is [num_params], usually the fp32 masters."""
+    """Writes and syncs both files; ``flat`` is [num_params], usually the fp32 masters."""
     directory.mkdir(parents=True, exist_ok=True)
     named = named_tensors(layout, flat.detach().cpu())
-    tensors = {name: tensor.clone() for name, tensor in named.items()}
-    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
-    config = adapter_config(layout, base_model)
-    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {name: tensor.contiguous().numpy() for name, tensor in named.items()}
+    write_tensors(directory / WEIGHTS_FILE, tensors, {"format": "pt"})
+    write_json(directory / CONFIG_FILE, adapter_config(layout, base_model))
 
 
 def adapter_config(layout: AdapterLayout, base_model: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from training.backends.base import AdamParams, OptimOutput
 from training.core.errors import UnitError
 from training.engine.adapter import Adapter, AdapterLayout
+from training.engine.capture import Capture
 from training.engine.optimizer import AdamArithmetic, adamw_step
 from training.engine.slot import GRADIENT, PENDING, Slot
 from training.engine.slot_memory import SlotMemory
@@ -95,6 +96,12 @@ class AdapterSlots:
     def adapter(self, number: int) -> Adapter:
         """It may be used on after its slot has left memory."""
         return self.use(number).adapter
+
+    def capture(self, number: int, with_optimizer: bool, base_model: str) -> Capture:
+        """A copy of what the slot holds, gradients apart. Raises ``UnitError``."""
+        captured = Capture.of(self.use(number), with_optimizer, base_model)
+        self.memory.count_capture(captured)
+        return captured
 
     def check_exists(self, number: int) -> None:
         """Raises ``UnitError``."""

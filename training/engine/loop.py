@@ -26,8 +26,17 @@ from training.backends.base import (
     TrainUnit,
 )
 from training.core.errors import StorageError, TinkercloudError, UnitError
+from training.engine.state_writer import Captured, StateWriter
 
 _log = logging.getLogger(__name__)
+
+
+class Wake:
+    """In the inbox: a thread of ours has changed what the loop can do next."""
+
+
+Inbox = queue.SimpleQueue[ipc.Call | Wake | None]
+"""What has arrived; None is its end."""
 
 TrainRun = Generator[None, None, list[TrainOutput]]
 """Yields after each micro-batch. When closed or failed, it leaves no gradient of its unit."""
@@ -50,9 +59,9 @@ class TrainerWork(Protocol):
 
     def discard_grads(self, slot: int) -> None: ...
 
-    def save_state(self, slot: int, directory: Path) -> None: ...
+    def capture_state(self, slot: int) -> Captured: ...
 
-    def export_adapter(self, slot: int, directory: Path) -> None: ...
+    def capture_adapter(self, slot: int) -> Captured: ...
 
     def tidy(self, busy: bool) -> float | None:
         """A few milliseconds of housekeeping, less of it while others are ``busy``; returns the
@@ -134,15 +143,16 @@ class EngineLoop:
     """Runs until ``Stop`` or the inbox's None. ``fatal`` errors are raised: the process must end.
 
     Training commands are answered in the order they came; so are sampling commands, but for
-    ``Sample`` itself, which is answered when it is finished.
+    ``Sample`` itself, which is answered when it is finished. ``reply`` is called by two threads:
+    ours, and the one that writes captured states.
     """
 
     def __init__(
         self,
         trainer: TrainerWork,
         sampler: SamplerWork,
-        inbox: queue.SimpleQueue[ipc.Call | None],
-        reply: Callable[[ipc.Reply], None],
+        inbox: Inbox,
+        reply: Callable[[ipc.Reply | ipc.Written], None],
         *,
         sampling_share: float,
         fatal: tuple[type[BaseException], ...] = (),
@@ -159,6 +169,7 @@ class EngineLoop:
         self._training: deque[ipc.Call] = deque()
         self._run: TrainRun | None = None  # of self._training[0]
         self._samples: dict[str, int] = {}  # request id -> call id
+        self._writer = StateWriter()
         self._stopped = False
         self._tidy_in_s: float | None = None
 
@@ -166,6 +177,7 @@ class EngineLoop:
         turn = Turn.WAIT
         while not self._stopped:
             turn = self.turn(wait=turn is Turn.WAIT)
+        self._writer.close()
 
     def turn(self, wait: bool) -> Turn:
         """Takes in what has arrived (with ``wait``, sleeps until something has or it is time to
@@ -174,7 +186,7 @@ class EngineLoop:
         if self._stopped:
             return Turn.WAIT
         sampling_waits = self._sampler.has_work
-        turn = self._time_share.plan(bool(self._training), sampling_waits)
+        turn = self._time_share.plan(self._training_waits(), sampling_waits)
         started_at = self._clock()
         if turn is Turn.TRAIN:
             self._train()
@@ -196,6 +208,8 @@ class EngineLoop:
             except queue.Empty:
                 return
             wait = False
+            if isinstance(call, Wake):
+                continue
             if call is None or isinstance(call.command, ipc.Stop):
                 self._stopped = True
             elif isinstance(call.command, ipc.Publish | ipc.Retire | ipc.Sample | ipc.Cancel):
@@ -232,6 +246,14 @@ class EngineLoop:
             else:
                 self._reply(ipc.Reply(call_id, result))
 
+    def _training_waits(self) -> bool:
+        """Whether the first training command can go on: a state is captured only where there is
+        room for it, and as commands keep their order, those behind it wait too."""
+        if not self._training:
+            return False
+        saves = isinstance(self._training[0].command, ipc.SaveState | ipc.ExportAdapter)
+        return not (saves and self._writer.is_full)
+
     def _train(self) -> None:
         """One micro-batch of the first training command, or all of it where it has none."""
         call = self._training[0]
@@ -243,7 +265,7 @@ class EngineLoop:
             if self._run is not None:
                 next(self._run)
                 return
-            reply = ipc.Reply(call.call_id, self._training_command(call.command))
+            reply = ipc.Reply(call.call_id, self._training_command(call.call_id, call.command))
         except StopIteration as end:
             reply = ipc.Reply(call.call_id, end.value)
         except Exception as error:
@@ -252,7 +274,7 @@ class EngineLoop:
         self._training.popleft()
         self._reply(reply)
 
-    def _training_command(self, command: ipc.Command) -> object:
+    def _training_command(self, call_id: int, command: ipc.Command) -> object:
         match command:
             case ipc.LoadSlot(slot, spec, state_dir, with_optimizer):
                 self._trainer.load_slot(slot, spec, state_dir, with_optimizer)
@@ -263,21 +285,37 @@ class EngineLoop:
             case ipc.DiscardGrads(slot):
                 self._trainer.discard_grads(slot)
             case ipc.SaveState(slot, directory):
-                self._trainer.save_state(slot, directory)
+                self._write(call_id, self._trainer.capture_state(slot), directory)
             case ipc.ExportAdapter(slot, directory):
-                self._trainer.export_adapter(slot, directory)
+                self._write(call_id, self._trainer.capture_adapter(slot), directory)
             case _:
                 raise TypeError(f"not a training command: {command}")
         return None
 
+    def _write(self, call_id: int, captured: Captured, directory: Path) -> None:
+        """In the background; its end is told by a ``Written``."""
+
+        def done(error: Exception | None) -> None:
+            shown = None if error is None else _shown(error, ipc.Written)
+            self._reply(ipc.Written(call_id, shown))
+            self._inbox.put(Wake())  # a command may have waited for room
+
+        self._writer.put(captured, directory, done)
+
     def _shown(self, error: Exception, command: object) -> Exception:
-        """The error as the other side may see it: ours as they are, others short and logged."""
-        if isinstance(error, TinkercloudError):
-            return error
         if isinstance(error, self._fatal):
             raise error
-        name = command.__name__ if isinstance(command, type) else type(command).__name__
-        _log.error("%s failed", name, exc_info=error)
-        reason = (str(error).splitlines() or [""])[0][:200]
-        text = f"{name} failed: {type(error).__name__}: {reason}"
-        return StorageError(text) if isinstance(error, OSError) else UnitError(text)
+        return _shown(error, command)
+
+
+def _shown(error: Exception, command: object) -> Exception:
+    """The error as the other side may see it: ours as they are, others short and logged."""
+    name = command.__name__ if isinstance(command, type) else type(command).__name__
+    if isinstance(error, StorageError):
+        _log.error("%s failed: %s", name, error)
+    if isinstance(error, TinkercloudError):
+        return error
+    _log.error("%s failed", name, exc_info=error)
+    reason = (str(error).splitlines() or [""])[0][:200]
+    text = f"{name} failed: {type(error).__name__}: {reason}"
+    return StorageError(text) if isinstance(error, OSError) else UnitError(text)

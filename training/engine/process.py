@@ -1,7 +1,7 @@
 """The engine process: loads the model, then runs the loop until its parent lets go of the socket.
 
-Two threads: this one computes; a reader takes commands off the socket. Nothing here outlives the
-process, so it may end at any moment.
+This thread computes; a reader takes commands off the socket; a third one (``state_writer.py``)
+writes captured states. Nothing here outlives the process, so it may end at any moment.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from training.backends import ipc
 from training.config import EngineConfig
 from training.core.errors import ConfigError
 from training.engine.load import load_decoder
-from training.engine.loop import EngineLoop
+from training.engine.loop import EngineLoop, Inbox
 from training.engine.machine import return_free_memory
 from training.engine.sampler import Sampler
 from training.engine.trainer import Trainer
@@ -57,18 +58,22 @@ def main(fd: int, parent_pid: int) -> int:
         reason = f"{type(error).__name__}: {error}"[:500]
         ipc.send(sock, ipc.StartFailed(f"cannot load {configure.base_model}: {reason}"))
         return 2
-    inbox: queue.SimpleQueue[ipc.Call | None] = queue.SimpleQueue()
+    inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_read_all, args=(sock, inbox), name="reader", daemon=True).start()
     ipc.send(sock, ipc.Ready(engine.trainer.capabilities()))
     loop = EngineLoop(
         engine.trainer,
         engine.sampler,
         inbox,
-        lambda reply: ipc.send(sock, reply),
+        _replier(sock),
         sampling_share=configure.engine.sampling_share,
         fatal=(torch.AcceleratorError,),  # after one, the device context answers nothing else
     )
-    loop.run()
+    try:
+        loop.run()
+    except Exception:
+        _log.exception("the engine cannot go on")
+        os._exit(1)  # waiting for nobody, not even for a disk that holds up the state writer
     return 0
 
 
@@ -108,7 +113,18 @@ def choose_device(engine: EngineConfig) -> torch.device:
     return torch.device(engine.device)
 
 
-def _read_all(sock: socket.socket, inbox: queue.SimpleQueue[ipc.Call | None]) -> None:
+def _replier(sock: socket.socket) -> Callable[[ipc.Reply | ipc.Written], None]:
+    """For any thread: a frame is sent whole before the next one begins."""
+    lock = threading.Lock()
+
+    def reply(message: ipc.Reply | ipc.Written) -> None:
+        with lock:
+            ipc.send(sock, message)
+
+    return reply
+
+
+def _read_all(sock: socket.socket, inbox: Inbox) -> None:
     """When the socket ends, nobody wants the work in progress: the process ends at once."""
     try:
         while (message := ipc.receive(sock)) is not None:

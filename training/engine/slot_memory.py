@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator
 from typing import NamedTuple
+from weakref import ref
 
 import torch
 
@@ -17,6 +18,7 @@ from training.config import EngineConfig
 from training.core.errors import UnitError
 from training.engine.adapter import AdapterLayout
 from training.engine.buffers import GradientBuffers
+from training.engine.capture import Capture
 from training.engine.machine import memory_bytes
 from training.engine.slot import Slot
 from training.engine.slot_store import Entry, SlotStore, reason
@@ -46,6 +48,7 @@ class SlotMemory:
         self.spares = GradientBuffers(store.device, clock)
         self.lent_bytes = 0
         """Gradient buffers that a running unit holds."""
+        self._captures: list[ref[Capture]] = []  # until their writer lets go of them
         self._store = store
         self._budget_bytes = (
             config.adapter_memory_bytes or memory_bytes(store.device) // DEFAULT_PARTS
@@ -63,8 +66,17 @@ class SlotMemory:
 
     @property
     def num_bytes(self) -> int:
-        """Of adapters and their gradients, spare buffers included."""
-        return self._entry_bytes + self.lent_bytes + self.spares.num_bytes
+        """Of adapters and their gradients, spare buffers and states being written included."""
+        captured = sum(each.num_bytes for each in self._living_captures())
+        return self._entry_bytes + self.lent_bytes + self.spares.num_bytes + captured
+
+    def _living_captures(self) -> list[Capture]:
+        return [captured for each in self._captures if (captured := each()) is not None]
+
+    def count_capture(self, captured: Capture) -> None:
+        """From now until it is gone. Nobody has to leave for it: it goes by itself soon, and a save
+        must not fail because another adapter cannot be put on disk."""
+        self._captures = [ref(each) for each in (*self._living_captures(), captured)]
 
     # ------------------------------------------------------------------ in
 

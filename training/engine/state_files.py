@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from training.backends.base import LoraSpec
+from training.backends.state_files import write_json, write_tensors
 from training.core.errors import UserError
 from training.engine.adapter import AdapterLayout
 from training.engine.adapter_files import read_adapter, write_adapter
@@ -48,17 +49,17 @@ def write_state(
     write_adapter(directory, layout, weights, base_model)
     # Contiguous: moments before the first step are one zero, expanded.
     moments = {
-        "exp_avg": adam.exp_avg.cpu().contiguous(),
-        "exp_avg_sq": adam.exp_avg_sq.cpu().contiguous(),
+        "exp_avg": adam.exp_avg.cpu().contiguous().numpy(),
+        "exp_avg_sq": adam.exp_avg_sq.cpu().contiguous().numpy(),
     }
-    save_file(moments, directory / OPTIMIZER_FILE)
+    write_tensors(directory / OPTIMIZER_FILE, moments)
     state = {
         "version": VERSION,
         "step": adam.step,
         "base_model": base_model,
         "lora": asdict(layout.spec),
     }
-    (directory / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+    write_json(directory / STATE_FILE, state)
 
 
 def read_state(

@@ -24,8 +24,8 @@ from training.backends.base import (
 from training.config import EngineConfig
 from training.core.errors import BackendError, UnitError, UserError
 from training.engine.adapter import AdapterLayout
-from training.engine.adapter_files import write_adapter
 from training.engine.adapter_slots import AdapterSlots
+from training.engine.capture import Capture
 from training.engine.decoder import Decoder
 from training.engine.idle import IdleMemory
 from training.engine.machine import memory_bytes
@@ -34,7 +34,7 @@ from training.engine.slot import Slot
 from training.engine.slot_memory import SlotMemory
 from training.engine.slot_store import SlotStore
 from training.engine.spill_files import SpillDirectory
-from training.engine.state_files import read_state, write_state
+from training.engine.state_files import read_state
 from training.engine.unit_work import UnitWork
 from training.losses import LOSSES
 from training.losses.base import LossSpec
@@ -108,13 +108,13 @@ class Trainer:
     def discard_grads(self, slot: int) -> None:
         self.slots.discard_gradient(slot)
 
-    def save_state(self, slot: int, directory: Path) -> None:
-        held = self.slot(slot)
-        write_state(directory, held.layout, held.weights, held.adam, self.name)
+    def capture_state(self, slot: int) -> Capture:
+        """A copy of weights, moments and step, to be written. Raises ``UnitError``."""
+        return self.slots.capture(slot, with_optimizer=True, base_model=self.name)
 
-    def export_adapter(self, slot: int, directory: Path) -> None:
-        held = self.slot(slot)
-        write_adapter(directory, held.layout, held.weights, self.name)
+    def capture_adapter(self, slot: int) -> Capture:
+        """Of the weights alone."""
+        return self.slots.capture(slot, with_optimizer=False, base_model=self.name)
 
     def slot(self, slot: int) -> Slot:
         """Brought into memory. Raises ``UnitError``."""

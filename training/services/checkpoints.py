@@ -11,6 +11,7 @@ from typing import Any
 
 import structlog
 
+from training.backends.base import Saving
 from training.core import ids
 from training.core.errors import InvalidRequest, NotFound, RequestError
 from training.core.ids import CheckpointKind, TinkerPath, checked_name
@@ -199,11 +200,12 @@ class CheckpointService:
         self,
         loaded: LoadedModel,
         directory: str,
-        write: Callable[[int, Path], Awaitable[None]],
+        write: Callable[[int, Path], Awaitable[Saving]],
     ) -> int:
         staged = await in_thread(self._files.stage)
         try:
-            await write(loaded.held_slot(), staged)
+            saving = await write(loaded.held_slot(), staged)
+            await saving.written()
         except BaseException:
             await in_thread(self._files.discard, staged)
             raise

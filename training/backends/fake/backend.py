@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from training.backends.base import (
@@ -14,13 +14,16 @@ from training.backends.base import (
     OptimOutput,
     SampleRequest,
     SampleResult,
+    Saving,
     TrainOutput,
     TrainUnit,
 )
 from training.backends.fake import sampler, trainer
 from training.backends.fake.model import LAYER_GROUPS, BaseWeights, HeadView
+from training.backends.state_files import storage_errors
 from training.config import ModelConfig, TrainingConfig
 from training.core.errors import BackendDead, UnitError, UserError
+from training.core.threads import in_thread
 from training.losses import LOSSES
 from training.models.registry import served_model_info
 
@@ -52,6 +55,7 @@ class FakeBackend:
         self._snapshots: dict[str, HeadView] = {}
         self._running: set[str] = set()
         self._cancelled: set[str] = set()
+        self._writings: dict[asyncio.Task[None], asyncio.Future[None]] = {}
         self._alive = False
         self._generation = 0
         self._capabilities = Capabilities(
@@ -71,6 +75,7 @@ class FakeBackend:
 
     async def close(self) -> None:
         self._alive = False
+        await asyncio.gather(*self._writings)  # what was captured is written
         self._slots.clear()
         self._snapshots.clear()
 
@@ -81,12 +86,14 @@ class FakeBackend:
         return Health(self._alive, self._generation)
 
     def crash(self) -> None:
-        """What a dying engine does to its callers: slots are gone, running calls raise
+        """What a dying engine does to its callers: slots are gone, running calls and writings raise
         ``BackendDead``; it is back at once with its snapshots and the next generation. Calls for
         a lost slot raise ``BackendDead`` until it is loaded again."""
         self._lost_slots |= set(self._slots)
         self._slots.clear()
         self._generation += 1
+        for writing in self._writings.values():
+            _settle(writing, BackendDead("the fake engine has ended"))
 
     # ----------------------------------------------------------------- training
 
@@ -152,15 +159,36 @@ class FakeBackend:
             await self._turn()
             self._slot(slot).gradients = {}
 
-    async def save_state(self, slot: int, directory: Path) -> None:
-        async with self._training:
-            await self._turn()
-            trainer.write_state(self._slot(slot), directory, self._capabilities.base_model)
+    async def save_state(self, slot: int, directory: Path) -> Saving:
+        return await self._save(slot, directory, trainer.write_state)
 
-    async def export_adapter(self, slot: int, directory: Path) -> None:
+    async def export_adapter(self, slot: int, directory: Path) -> Saving:
+        return await self._save(slot, directory, trainer.write_adapter)
+
+    async def _save(
+        self, slot: int, directory: Path, write: Callable[[trainer.Slot, Path, str], None]
+    ) -> Saving:
         async with self._training:
             await self._turn()
-            trainer.write_adapter(self._slot(slot), directory, self._capabilities.base_model)
+            captured = trainer.captured(self._slot(slot))
+        writing = asyncio.get_running_loop().create_future()
+
+        def write_now() -> None:
+            with storage_errors():
+                write(captured, directory, self._capabilities.base_model)
+
+        async def settle() -> None:
+            try:
+                await in_thread(write_now)
+            except Exception as error:
+                _settle(writing, error)
+            else:
+                _settle(writing, None)
+
+        task = asyncio.create_task(settle())
+        self._writings[task] = writing
+        task.add_done_callback(self._writings.pop)
+        return Saving(writing)
 
     def _slot(self, slot: int) -> trainer.Slot:
         if slot in self._lost_slots:
@@ -211,3 +239,12 @@ class FakeBackend:
     async def cancel(self, request_id: str) -> None:
         if request_id in self._running:
             self._cancelled.add(request_id)
+
+
+def _settle(writing: asyncio.Future[None], error: Exception | None) -> None:
+    if writing.done():
+        return
+    if error is None:
+        writing.set_result(None)
+    else:
+        writing.set_exception(error)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from training.backends.base import (
     AdamParams,
@@ -30,6 +30,7 @@ from training.backends.fake.model import (
     head_gradient,
     spec_groups,
 )
+from training.backends.state_files import write_json, write_tensors
 from training.core.errors import UserError
 from training.losses import LOSSES
 from training.losses.base import LossSpec
@@ -147,9 +148,14 @@ def adamw_step(slot: Slot, params: AdamParams) -> OptimOutput:
     return OptimOutput({"grad_norm": norm})
 
 
+def captured(slot: Slot) -> Slot:
+    """The slot as it is now; arrays are shared, since a step makes new ones."""
+    return replace(slot, gradients={})
+
+
 def write_adapter(slot: Slot, directory: Path, base_model: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(slot.adapter, directory / ADAPTER_FILE)
+    write_tensors(directory / ADAPTER_FILE, slot.adapter)
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": base_model,
@@ -157,14 +163,14 @@ def write_adapter(slot: Slot, directory: Path, base_model: str) -> None:
         "lora_alpha": slot.spec.alpha,
         "target_modules": list(spec_groups(slot.spec)),
     }
-    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    write_json(directory / CONFIG_FILE, config)
 
 
 def write_state(slot: Slot, directory: Path, base_model: str) -> None:
     write_adapter(slot, directory, base_model)
-    save_file(slot.moments, directory / OPTIMIZER_FILE)
+    write_tensors(directory / OPTIMIZER_FILE, slot.moments)
     state = {"format": 1, "step": slot.step, "spec": asdict(slot.spec)}
-    (directory / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+    write_json(directory / STATE_FILE, state)
 
 
 def read_slot(base: BaseWeights, spec: LoraSpec, directory: Path, with_optimizer: bool) -> Slot:
