@@ -49,11 +49,16 @@ class StorageConfig(_Section):
     database_url: str | None = None
     """SQLAlchemy URL; default: SQLite at ``metadata_dir / futures_db_name``."""
     checkpoint_dir: Path = Path("data/checkpoints")
+    snapshot_dir: Path | None = None
+    """Where models that train are saved in the background. None: ``metadata_dir / "snapshots"``."""
 
     def resolved_database_url(self) -> str:
         if self.database_url:
             return self.database_url
         return f"sqlite:///{(self.metadata_dir / self.futures_db_name).absolute()}"
+
+    def resolved_snapshot_dir(self) -> Path:
+        return (self.snapshot_dir or self.metadata_dir / "snapshots").absolute()
 
 
 class ModelConfig(_Section):
@@ -123,6 +128,27 @@ class SchedulerConfig(_Section):
     max_pending_samples: int = Field(20000, gt=0)
 
 
+class DurabilityConfig(_Section):
+    """How much is done again after a crash, and what it costs to keep that little."""
+
+    snapshot_steps: int = Field(8, gt=0)
+    """Optimizer steps after which a model is saved in the background."""
+    snapshot_tokens: int = Field(1_000_000, gt=0)
+    """Tokens trained on after which it is saved, however few steps they were."""
+    snapshot_pause_s: float = Field(5.0, ge=0)
+    """Between two snapshots of one model, at least."""
+    snapshot_idle_s: float = Field(2.0, ge=0)
+    """A model that does nothing for so long is saved whatever it has done since."""
+    snapshot_share: float = Field(0.05, gt=0, le=1)
+    """Of all time, the most that one engine's snapshots take; models take turns."""
+    snapshots_kept: int = Field(2, ge=1)
+    """Per model. More than one, and a snapshot that the disk has damaged costs a longer replay."""
+    results_kept_s: float = Field(3600.0, ge=0)
+    """How long a result can be asked for again after it was fetched."""
+    drain_s: float = Field(20.0, ge=0)
+    """How long a server that is stopped takes to finish the running unit and to save models."""
+
+
 class SessionConfig(_Section):
     expiry_s: float = Field(1800.0, gt=0)
     """A session without a heartbeat for this long is ended (the SDK beats every 10 s)."""
@@ -160,6 +186,7 @@ class TrainingConfig(_Section):
     """Empty: the embedded model alone."""
     engine: EngineConfig = EngineConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    durability: DurabilityConfig = DurabilityConfig()
     session: SessionConfig = SessionConfig()
     client: ClientConfig = ClientConfig()
     hub: HubConfig = HubConfig()

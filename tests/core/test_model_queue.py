@@ -12,7 +12,7 @@ from training.core.model_queue import ModelQueue
 
 @given(st.permutations(range(1, 12)))
 def test_whatever_the_order_of_arrival_operations_run_in_sequence(arrival: list[int]) -> None:
-    queue = ModelQueue("m", next_seq=1)
+    queue = ModelQueue("m", lambda: 0, next_seq=1)
     ran = []
     for seq in arrival:
         assert queue.push(operation(seq=seq))
@@ -24,7 +24,7 @@ def test_whatever_the_order_of_arrival_operations_run_in_sequence(arrival: list[
 
 
 def test_a_gap_holds_back_what_follows_until_it_is_given_up() -> None:
-    queue = ModelQueue("m", next_seq=1)
+    queue = ModelQueue("m", lambda: 0, next_seq=1)
     assert not queue.has_gap()
     queue.push(operation(seq=4))
     assert queue.has_gap()
@@ -40,14 +40,14 @@ def test_a_gap_holds_back_what_follows_until_it_is_given_up() -> None:
 
 
 def test_the_first_reason_for_a_spoiled_window_is_kept() -> None:
-    queue = ModelQueue("m")
+    queue = ModelQueue("m", lambda: 0)
     queue.spoil_window("first")
     queue.spoil_window("second")
     assert queue.close_window() == "first"
 
 
 def test_only_the_head_can_be_taken() -> None:
-    queue = ModelQueue("m", next_seq=1)
+    queue = ModelQueue("m", lambda: 0, next_seq=1)
     first, second = operation(seq=1), operation(seq=2)
     queue.push(first)
     queue.push(second)

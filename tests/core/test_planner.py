@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from tests.core.builders import operation, optim_work, train_work
 from training.core.errors import InvalidRequest
-from training.core.operations import CallWork, Operation, RefusedWork
+from training.core.operations import CallWork, Finish, Operation, RefusedWork
 from training.core.planner import Plan, PlanKind, plan_kind, plan_next
-from training.core.records import FutureKind, FutureResult, FutureStatus
+from training.core.records import FutureKind
 
 
-async def _nothing() -> FutureResult:
-    return FutureResult(FutureStatus.DONE)
+async def _nothing() -> Finish:
+    raise AssertionError("a plan runs nothing")
 
 
 def train(model: str, seq: int, tokens: int, arrived_s: float = 0.0) -> Operation:
@@ -88,7 +88,7 @@ def test_refusals_go_first() -> None:
     refused = operation("a", 1, work=RefusedWork(InvalidRequest("no")), arrived_s=9.0)
     plan = plan_next([[train("b", 1, 5)], [refused]], 100)
     assert plan is not None
-    assert plan.kind is PlanKind.REFUSE
+    assert plan.kind is PlanKind.INSTANT
     assert names(plan) == ["a/1"]
 
 

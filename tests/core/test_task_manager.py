@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import pytest
 
@@ -21,29 +22,51 @@ from training.backends.fake import FakeBackend
 from training.config import ModelConfig, TrainingConfig
 from training.core.errors import (
     BackendDead,
-    BackendError,
     Busy,
+    DeathCause,
     ErrorCategory,
     Gone,
     InvalidRequest,
-    StorageError,
+    TinkercloudError,
     UnitError,
 )
-from training.core.operations import CallWork, Operation, RefusedWork, TrainWork, Work
-from training.core.records import FutureKind, FutureResult, FutureStatus
-from training.core.task_manager import TaskManager
+from training.core.keeper import FinishSnapshot, Revival
+from training.core.operations import (
+    CallWork,
+    Finish,
+    Operation,
+    Outcome,
+    RefusedWork,
+    StoredWork,
+    TrainWork,
+    Work,
+)
+from training.core.progress import SnapshotPolicy
+from training.core.records import FutureKind, FutureResult, FutureStatus, StoredOperation
+from training.core.task_manager import TaskManager, TaskPolicy
 
 
 class FlakyBackend(FakeBackend):
-    """Fails whole units that hold more than ``max_ops`` operations, as a full device would."""
+    """Fails whole units that hold more than ``max_ops`` operations, as a full device would; dies
+    with the next ``deaths`` calls, each time from ``cause``."""
 
     max_ops = 1000
-    dead = False
+    deaths = 0
+    cause = DeathCause.CRASHED
+    fatal_weight: float | None = None
+    """Whatever weights its tokens like this kills the engine."""
     fail_step = False
 
     async def forward_backward(self, unit: TrainUnit) -> list[TrainOutput]:
-        if self.dead:
-            raise BackendDead("the engine is gone")
+        fatal = any(
+            self.fatal_weight in datum.inputs.get("weights", ())
+            for op in unit.ops
+            for datum in op.data
+        )
+        if self.deaths or fatal:
+            self.deaths = max(self.deaths - 1, 0)
+            self.crash()
+            raise BackendDead("the engine is gone", self.cause)
         if len(unit.ops) > self.max_ops:
             raise UnitError("out of memory")
         return await super().forward_backward(unit)
@@ -54,39 +77,98 @@ class FlakyBackend(FakeBackend):
         return await super().optim_step(params)
 
 
+SPECS = [LoraSpec(4, seed=slot, train_attn=False, train_mlp=False) for slot in range(2)]
+
+
 @dataclass
 class Harness:
-    """A task manager with two models, "m" in slot 0 and "n" in slot 1."""
+    """A task manager with two models, "m" in slot 0 and "n" in slot 1, and its keeper: brings a
+    model back from a fresh adapter and everything that was done since."""
 
     backend: FlakyBackend
     tasks: TaskManager = field(init=False)
+    sent: dict[str, Operation] = field(default_factory=dict)
     settled: dict[str, FutureResult] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
     deaths: list[str] = field(default_factory=list)
+    corrupted: list[str] = field(default_factory=list)
+    lost: dict[str, str] = field(default_factory=dict)
+    snapshots: list[tuple[str, int]] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def start(self, gap_timeout_s: float = 60.0, max_pending: int = 100) -> None:
+    async def start(
+        self,
+        gap_timeout_s: float = 60.0,
+        max_pending: int = 100,
+        snapshots: SnapshotPolicy | None = None,
+    ) -> None:
         await self.backend.start()
-        self.tasks = TaskManager(
-            self.backend, self.settle, encode, self.died, 1000, gap_timeout_s, max_pending
-        )
+        policy = TaskPolicy(1000, gap_timeout_s, max_pending, snapshots or SnapshotPolicy(1000))
+        self.tasks = TaskManager(self.backend, self, encode, policy)
         await self.tasks.start()
         for slot, model_id in enumerate("mn"):
-            await self.backend.load_slot(
-                slot, LoraSpec(4, seed=slot, train_attn=False, train_mlp=False)
-            )
-            self.tasks.open_model(model_id, next_seq=1)
+            await self.backend.load_slot(slot, SPECS[slot])
+            self.tasks.open_model(model_id, partial(int, slot), next_seq=1)
+            self.tasks.loaded(model_id, 0, self.backend.health().generation)
 
-    async def settle(self, request_id: str, result: FutureResult) -> None:
-        self.settled[request_id] = result
-        self.order.append(request_id)
+    # ----------------------------------------------------------------- the keeper
+
+    async def settle(self, operation: Operation, outcome: Outcome) -> None:
+        self.settled[operation.request_id] = outcome.result
+        self.order.append(operation.request_id)
         self.changed.set()
 
-    async def died(self, reason: str) -> None:
-        self.deaths.append(reason)
+    async def revive(self, model_id: str, until: int | None) -> Revival:
+        slot = "mn".index(model_id)
+        await self.backend.load_slot(slot, SPECS[slot])
+        generation = self.backend.health().generation
+        known = sorted(
+            (item for item in self.sent.values() if item.model_id == model_id),
+            key=lambda item: item.seq,
+        )
+        stored = [self._stored(item) for item in known if until is None or item.seq < until]
+        return Revival(1, stored, generation)
+
+    def _stored(self, operation: Operation) -> Operation:
+        outcome = self.settled.get(operation.request_id)
+        deaths = self.deaths.count(operation.request_id)
+        digest = None if outcome is None else outcome.digest()
+        stored = StoredOperation(
+            operation.request_id, operation.kind, operation.seq, 4, deaths, outcome, digest
+        )
+
+        async def load() -> Work:
+            return operation.work
+
+        return replace(operation, stored=stored, deaths=deaths, work=StoredWork(load, 4))
+
+    async def snapshot(self, model_id: str, seq: int) -> FinishSnapshot:
+        self.snapshots.append((model_id, seq))
+        self.changed.set()
+
+        async def finish() -> bool:
+            return True
+
+        return finish
+
+    async def note_deaths(self, operations: Sequence[Operation]) -> None:
+        self.deaths += [operation.request_id for operation in operations]
+
+    async def mark_corrupted(self, operation: Operation) -> None:
+        self.corrupted.append(operation.request_id)
+        self.changed.set()
+
+    async def give_up(self, model_id: str, error: TinkercloudError) -> None:
+        self.lost[model_id] = str(error)
+        self.tasks.close_model(model_id, error)
+        self.changed.set()
+
+    # ----------------------------------------------------------------- clients
 
     def send(self, model_id: str, seq: int, kind: FutureKind, work: Work) -> None:
-        self.tasks.submit(operation(model_id, seq, kind, work, arrived_s=float(seq)))
+        sent = operation(model_id, seq, kind, work, arrived_s=float(seq))
+        self.sent[sent.request_id] = sent
+        self.tasks.submit(sent)
 
     def train(self, model_id: str, seq: int, work: Work | None = None) -> None:
         slot = "mn".index(model_id)
@@ -96,10 +178,13 @@ class Harness:
     def step(self, model_id: str, seq: int) -> None:
         self.send(model_id, seq, FutureKind.OPTIM_STEP, optim_work("mn".index(model_id)))
 
-    async def result(self, name: str) -> FutureResult:
-        while name not in self.settled:
+    async def until(self, happened: Callable[[], bool]) -> None:
+        while not happened():
             self.changed.clear()
             await self.changed.wait()
+
+    async def result(self, name: str) -> FutureResult:
+        await self.until(lambda: name in self.settled)
         return self.settled[name]
 
     async def loss(self, slot: int) -> float:
@@ -224,27 +309,21 @@ async def test_a_missing_operation_is_given_up_and_named() -> None:
     await harness.tasks.close()
 
 
-async def test_the_death_of_the_backend_fails_what_ran_and_is_reported(harness: Harness) -> None:
-    harness.backend.dead = True
-    harness.train("m", 1)
-    assert (await harness.result("m/1")).category is ErrorCategory.SERVER
-    assert harness.deaths == ["the engine is gone"]
-    harness.tasks.close_model("m", BackendError("lost"))
-    harness.train("m", 2)
-    assert (await harness.result("m/2")).error == "lost"
-
-
 async def test_a_call_runs_in_its_place_and_may_fail(harness: Harness) -> None:
     seen: list[float] = []
 
-    async def look() -> FutureResult:
+    async def look() -> Finish:
         seen.append(await harness.loss(0))
-        return FutureResult(FutureStatus.DONE, b"saved")
 
-    async def fail() -> FutureResult:
+        async def finish() -> Outcome:
+            return Outcome(FutureResult(FutureStatus.DONE, b"saved"))
+
+        return finish
+
+    async def fail() -> Finish:
         raise Gone("not there")
 
-    async def crash() -> FutureResult:
+    async def crash() -> Finish:
         raise ZeroDivisionError
 
     before = await harness.loss(0)
@@ -293,19 +372,6 @@ def test_operations_are_told_apart() -> None:
     first: Operation = operation()
     assert first.num_tokens == 4
     assert operation(work=optim_work(), kind=FutureKind.OPTIM_STEP).num_tokens == 0
-
-
-async def test_a_death_that_cannot_be_written_down_does_not_stop_the_loop(harness: Harness) -> None:
-    async def disk_is_full(reason: str) -> None:
-        raise StorageError("database or disk is full")
-
-    harness.tasks._on_backend_dead = disk_is_full
-    harness.backend.dead = True
-    harness.train("m", 1)
-    assert (await harness.result("m/1")).status is FutureStatus.FAILED
-    harness.backend.dead = False
-    harness.train("n", 1)
-    assert (await harness.result("n/1")).status is FutureStatus.DONE
 
 
 async def test_what_a_caller_no_longer_waits_for_does_not_stop_the_loop(harness: Harness) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import orjson
 import pytest
 import sqlalchemy as sa
+from pydantic import BaseModel
 
 from training.config import (
     EngineConfig,
@@ -19,6 +20,7 @@ from training.config import (
     TrainingConfig,
 )
 from training.core.errors import Gone, InvalidRequest, NotFound
+from training.core.ids import TinkerPath
 from training.core.records import FutureResult, FutureStatus, ModelStatus, SessionStatus
 from training.services.server import Server
 from training.storage import tables
@@ -29,6 +31,7 @@ from training.wire.requests import (
     CreateModelRequest,
     CreateSamplingSessionRequest,
     CreateSessionRequest,
+    LoadWeightsRequest,
     LoraConfigJson,
     OptimStepRequest,
     SampleJsonRequest,
@@ -85,7 +88,7 @@ class Client:
             base_model=MODEL,
             lora_config=LoraConfigJson(rank=rank, seed=1, train_attn=False, train_mlp=False),
         )
-        return await self.result(await self.server.models.create(ME, request, b"{}"))
+        return await self.result(await self.server.models.create(ME, request, dumped(request)))
 
     @property
     def model_id(self) -> str:
@@ -101,14 +104,25 @@ class Client:
         self.seq += 1
         raw = {"model_id": self.model_id, "seq_id": self.seq, "adam_params": {}}
         request = OptimStepRequest.model_validate(raw)
-        return await self.result(await self.server.training.optim_step(ME, request, b"{}"))
+        return await self.result(
+            await self.server.training.optim_step(ME, request, orjson.dumps(raw))
+        )
 
     async def save(self, name: str, overwrite: bool = False) -> FutureResult:
         self.seq += 1
         request = SaveWeightsRequest(
             model_id=self.model_id, path=name, seq_id=self.seq, overwrite=overwrite
         )
-        return await self.result(await self.server.checkpoints.save_weights(ME, request, b"{}"))
+        return await self.result(
+            await self.server.checkpoints.save_weights(ME, request, dumped(request))
+        )
+
+    async def load(self, path: str, optimizer: bool = True) -> FutureResult:
+        self.seq += 1
+        request = LoadWeightsRequest(
+            model_id=self.model_id, path=path, seq_id=self.seq, optimizer=optimizer
+        )
+        return await self.result(await self.server.models.load_into(ME, request, dumped(request)))
 
     async def save_for_sampler(self, number: int, kind: str = "snapshot") -> str:
         self.seq += 1
@@ -121,15 +135,19 @@ class Client:
             }
         )
         result = await self.result(
-            await self.server.checkpoints.save_for_sampler(ME, request, b"{}")
+            await self.server.checkpoints.save_for_sampler(ME, request, dumped(request))
         )
         return str(orjson.loads(result.body)["sampling_session_id"])
 
     async def sample(self, sampler: str, seq: int = 0, max_tokens: int = 4) -> FutureResult:
         request = sample_request(sampler, seq, max_tokens)
-        payload = orjson.dumps(request.model_dump(exclude_none=True))
+        payload = dumped(request)
         request_id, _ = await self.server.sampling.sample(ME, request, payload)
         return await self.result(request_id)
+
+
+def dumped(request: BaseModel) -> bytes:
+    return orjson.dumps(request.model_dump(mode="json", exclude_none=True))
 
 
 def train_body(model_id: str, seq: int, loss: str = "cross_entropy") -> bytes:
@@ -153,36 +171,6 @@ def sample_request(sampler: str, seq: int, max_tokens: int) -> SampleJsonRequest
     )
 
 
-async def test_after_a_restart_what_was_lost_is_said_and_what_was_stored_is_there(
-    tmp_path: Path,
-) -> None:
-    settings = config(tmp_path)
-    async with running(settings) as server:
-        client = await Client.connect(server)
-        await client.create()
-        trained = await client.train()
-        await client.step()
-        saved = await client.save("keep")
-        path = orjson.loads(saved.body)["path"]
-        await server.hosts.get(MODEL).tasks.close()
-        pending, _ = await server.training.forward_backward(
-            ME, train_body(client.model_id, client.seq + 1)
-        )
-    assert trained.status is FutureStatus.DONE
-
-    async with running(settings) as server:
-        lost = await server.promises.wait(pending, ME, 60)
-        assert lost is not None
-        assert lost.status is FutureStatus.FAILED
-        assert "last checkpoint" in lost.error
-        model = await server.models.get(ME, client.model_id)
-        assert model.status is ModelStatus.LOST
-        with pytest.raises(Gone, match="last checkpoint"):
-            await server.training.forward_backward(ME, train_body(client.model_id, 9))
-        checkpoint = await server.models.training_checkpoint(ME, path)
-        assert server.files.verify(checkpoint.directory).is_dir()
-
-
 async def test_sampling_requests_run_again_and_draw_the_same_tokens(tmp_path: Path) -> None:
     settings = config(tmp_path)
     async with running(settings) as server:
@@ -198,14 +186,16 @@ async def test_sampling_requests_run_again_and_draw_the_same_tokens(tmp_path: Pa
         request_id, _ = await server.sampling.sample(ME, request, payload)
         undisturbed = await client.result(request_id)
         # As if the server had been killed before the result was stored.
-        await server.database.write(forget_result, request_id)
+        await server.database.write(forget_result, request_id, payload)
     async with running(settings) as server:
         again = await server.promises.wait(request_id, ME, 60)
     assert again == undisturbed
     assert len(pb.SampleResponse.FromString(undisturbed.body).sequences) == 1
 
 
-def forget_result(connection: sa.Connection, request_id: str) -> None:
+def forget_result(connection: sa.Connection, request_id: str, payload: bytes) -> None:
+    body = {"request_id": request_id, "content_type": "application/json", "body": payload}
+    connection.execute(sa.insert(tables.payloads).values(**body))
     connection.execute(sa.delete(tables.results).where(tables.results.c.request_id == request_id))
     connection.execute(
         sa.update(tables.futures)
@@ -310,7 +300,7 @@ async def test_what_belongs_to_others_is_not_there(tmp_path: Path) -> None:
         with pytest.raises(NotFound):
             await server.training.forward_backward(you, train_body(client.model_id, 9))
         with pytest.raises(NotFound):
-            await server.models.training_checkpoint(you, path)
+            await server.checkpoints.readable(you, TinkerPath.parse(path))
         with pytest.raises(NotFound):
             await server.sampling.get_session(you, sampler)
         with pytest.raises(NotFound):
@@ -366,7 +356,7 @@ async def test_the_bytes_of_a_session_go_with_it(tmp_path: Path) -> None:
         gone = await server.promises.wait(request_id, ME, 0)
         assert gone is not None
         assert (gone.status, gone.category.value) == (FutureStatus.FAILED, "user")
-        assert "deleted when its session ended" in gone.error
+        assert "its session has ended" in gone.error
         for table in (tables.payloads, tables.results):
             assert await server.database.read(num_rows, table) == 0
 

@@ -97,8 +97,20 @@ class UnitError(BackendError):
     pass
 
 
+class DeathCause(StrEnum):
+    """Why a backend's process ended: whether its work may be to blame."""
+
+    CRASHED = "crashed"  # by itself: a fault, an exit, no memory left
+    KILLED = "killed"  # by somebody
+    STALLED = "stalled"  # by its own watchdog
+    CLOSED = "closed"  # on purpose
+    UNKNOWN = "unknown"  # the call never reached a process
+
+
 class BackendDead(BackendError):
-    pass
+    def __init__(self, message: str, cause: DeathCause = DeathCause.UNKNOWN) -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class StorageError(TinkercloudError):

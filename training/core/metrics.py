@@ -11,6 +11,27 @@ OPERATIONS = Counter(
     "Client operations settled, by kind and outcome.",
     ("kind", "outcome"),
 )
+REPLAYED_OPERATIONS = Counter(
+    "tinkercloud_replayed_operations_total",
+    "Operations run again to bring a model back after a crash.",
+    ("kind",),
+)
+SNAPSHOTS = Counter(
+    "tinkercloud_snapshots_total", "Model snapshots written, by outcome.", ("outcome",)
+)
+SNAPSHOT_SECONDS = Histogram(
+    "tinkercloud_snapshot_seconds",
+    "From the capture of a model to its durable snapshot.",
+    buckets=_LATENCY_BUCKETS_S,
+)
+REVIVAL_SECONDS = Histogram(
+    "tinkercloud_revival_seconds",
+    "From the start of a model's recovery to its first operation run again or anew.",
+    buckets=_LATENCY_BUCKETS_S,
+)
+ENGINE_DEATHS = Counter(
+    "tinkercloud_engine_deaths_total", "Engines that ended while they were needed.", ("cause",)
+)
 TRAINED_TOKENS = Counter(
     "tinkercloud_trained_tokens_total",
     "Tokens run through forward or forward_backward.",

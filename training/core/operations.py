@@ -4,13 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from training.backends.base import AdamParams, Datum, TrainOp
 from training.core.errors import TinkercloudError
-from training.core.records import FutureKind, FutureResult
+from training.core.records import FutureKind, FutureResult, StoredOperation
 
 SlotOf = Callable[[], int]
 """Tells a model's slot when the operation runs: it may be queued before the model has one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """A result and what must become durable with it.
+
+    ``also`` runs in the transaction that stores the result, with the storage's connection; if it
+    raises a ``TinkercloudError``, the operation fails with that and ``undo`` runs. ``then`` runs
+    after the commit.
+    """
+
+    result: FutureResult
+    also: Callable[[Any], None] | None = None
+    undo: Callable[[], Awaitable[None]] | None = None
+    then: Callable[[], Awaitable[None]] | None = None
+
+
+Finish = Callable[[], Awaitable[Outcome]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +56,13 @@ class OptimWork:
 
 @dataclass(frozen=True, eq=False)
 class CallWork:
-    """Anything that runs alone in its model's order: create, load, save, export."""
+    """Anything that runs alone in its model's order: create, load, save, export.
 
-    run: Callable[[], Awaitable[FutureResult]]
+    ``run`` returns when the model may go on: what comes later does not change what is saved.
+    What it returns finishes the work beside the operations that follow.
+    """
+
+    run: Callable[[], Awaitable[Finish]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +72,24 @@ class RefusedWork:
     error: TinkercloudError
 
 
-Work = TrainWork | OptimWork | CallWork | RefusedWork
+@dataclass(frozen=True, eq=False)
+class StoredWork:
+    """Still in the database, where an earlier process or an earlier engine left it."""
+
+    load: Callable[[], Awaitable[Work]]
+    num_tokens: int
+
+
+Work = TrainWork | OptimWork | CallWork | RefusedWork | StoredWork
 
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """``arrived_s`` is a monotonic time; fairness between models goes by it."""
+    """``arrived_s`` is a monotonic time; fairness between models goes by it.
+
+    ``stored`` is there when the operation came from the database; with an outcome, the operation
+    is part of a replay and settles nothing. ``deaths`` counts engines that crashed running it.
+    """
 
     request_id: str
     model_id: str
@@ -62,7 +97,20 @@ class Operation:
     kind: FutureKind
     work: Work
     arrived_s: float
+    owner: str = ""
+    stored: StoredOperation | None = None
+    deaths: int = 0
 
     @property
     def num_tokens(self) -> int:
-        return self.work.num_tokens if isinstance(self.work, TrainWork) else 0
+        return self.work.num_tokens if isinstance(self.work, TrainWork | StoredWork) else 0
+
+    @property
+    def is_settled(self) -> bool:
+        """The client's answer is stored; only the model has to be brought back."""
+        return self.stored is not None and self.stored.outcome is not None
+
+    @property
+    def is_passed_over(self) -> bool:
+        """Settled, and no part of what made the model what it is."""
+        return self.stored is not None and self.is_settled and not self.stored.is_replayed

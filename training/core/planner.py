@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from training.core.operations import CallWork, Operation, OptimWork, RefusedWork, TrainWork
+from training.core.operations import Operation, RefusedWork
 from training.core.records import FutureKind
 
 
 class PlanKind(Enum):
-    REFUSE = "refuse"
+    INSTANT = "instant"
+    """Nothing to compute: refused, or settled before."""
     FORWARD = "forward"
     FORWARD_BACKWARD = "forward_backward"
     OPTIM_STEP = "optim_step"
@@ -34,13 +35,13 @@ class Plan:
 def plan_next(ready: Sequence[Sequence[Operation]], unit_tokens: int) -> Plan | None:
     """``ready``: per model, what may run one after the other now (never empty inside).
 
-    Refusals cost nothing and go first; a call runs alone.
+    What costs nothing goes first; a call runs alone.
     """
     if not ready:
         return None
-    refused = [run[0] for run in ready if isinstance(run[0].work, RefusedWork)]
-    if refused:
-        return Plan(PlanKind.REFUSE, refused)
+    instant = [run[0] for run in ready if plan_kind(run[0]) is PlanKind.INSTANT]
+    if instant:
+        return Plan(PlanKind.INSTANT, instant)
     by_age = sorted(ready, key=lambda run: run[0].arrived_s)
     kind = plan_kind(by_age[0][0])
     if kind is PlanKind.CALL:
@@ -52,16 +53,16 @@ def plan_next(ready: Sequence[Sequence[Operation]], unit_tokens: int) -> Plan | 
 
 
 def plan_kind(operation: Operation) -> PlanKind:
-    match operation.work:
-        case RefusedWork():
-            return PlanKind.REFUSE
-        case CallWork():
-            return PlanKind.CALL
-        case OptimWork():
-            return PlanKind.OPTIM_STEP
-        case TrainWork():
-            forward_only = operation.kind is FutureKind.FORWARD
-            return PlanKind.FORWARD if forward_only else PlanKind.FORWARD_BACKWARD
+    if operation.is_passed_over or isinstance(operation.work, RefusedWork):
+        return PlanKind.INSTANT
+    return _KINDS.get(operation.kind, PlanKind.CALL)
+
+
+_KINDS = {
+    FutureKind.FORWARD: PlanKind.FORWARD,
+    FutureKind.FORWARD_BACKWARD: PlanKind.FORWARD_BACKWARD,
+    FutureKind.OPTIM_STEP: PlanKind.OPTIM_STEP,
+}
 
 
 def _fill(runs: Sequence[Sequence[Operation]], kind: PlanKind, unit_tokens: int) -> list[Operation]:

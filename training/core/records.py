@@ -5,6 +5,7 @@ Times are aware UTC datetimes.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -56,7 +57,7 @@ class ModelStatus(StrEnum):
     CREATING = "creating"
     READY = "ready"
     FAILED = "failed"  # creation failed
-    LOST = "lost"  # its state died with an engine or server
+    LOST = "lost"  # neither a snapshot nor the operations since could bring it back
     UNLOADED = "unloaded"  # its session ended
 
 
@@ -88,6 +89,9 @@ class Model:
     user_metadata: JsonObject = field(default_factory=dict)
     loaded_from: str | None = None
     corrupted: bool = False
+    """An operation that was run again after a crash came to another result than the client got."""
+    fault: str | None = None
+    """Why it is corrupted, lost or failed."""
 
 
 class FutureKind(StrEnum):
@@ -103,6 +107,20 @@ class FutureKind(StrEnum):
     SAVE_WEIGHTS_EXTERNAL = "SaveWeightsExternal"
     SAMPLE = "Sample"
     CREATE_CUSTOM_LOSS = "CreateCustomLoss"
+
+
+STATEFUL_KINDS = frozenset(
+    {FutureKind.FORWARD_BACKWARD, FutureKind.OPTIM_STEP, FutureKind.LOAD_WEIGHTS}
+)
+"""Operations that change a model: to bring it back, these are run again, and their payloads stay
+until a snapshot covers them."""
+
+
+class WindowEffect(StrEnum):
+    """What a failed operation did to the gradients accumulated since the last step."""
+
+    SPOILED = "spoiled"  # the next step fails and discards them
+    DISCARDED = "discarded"  # they are gone, a new window has begun
 
 
 class FutureStatus(StrEnum):
@@ -140,6 +158,8 @@ class NewFuture:
     model_id: str | None
     payload: bytes
     content_type: str
+    num_tokens: int = 0
+    """Of a forward or forward_backward."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +189,47 @@ class FutureResult:
     content_type: str = "application/json"
     error: str = ""
     category: ErrorCategory = ErrorCategory.SERVER
+    effect: WindowEffect | None = None
+
+    def digest(self) -> bytes:
+        """sha256 of the body."""
+        return hashlib.sha256(self.body).digest()
+
+
+@dataclass(frozen=True)
+class StoredOperation:
+    """An operation of a model as the database has it, without its bytes.
+
+    ``outcome`` has no body either; None while it is pending. ``digest`` is that of the body, None
+    where an older version stored the result. ``deaths`` counts engines that crashed running it.
+    """
+
+    request_id: str
+    kind: FutureKind
+    seq: int
+    num_tokens: int
+    deaths: int
+    outcome: FutureResult | None
+    digest: bytes | None
+
+    @property
+    def is_replayed(self) -> bool:
+        """Whether it must run again to bring the model back: it changed it."""
+        done = self.outcome is not None and self.outcome.status is FutureStatus.DONE
+        return done and self.kind in STATEFUL_KINDS | {FutureKind.CREATE_MODEL}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A model's weights, moments and step after operation ``seq``; a directory of the snapshot
+    root. Without ``with_optimizer`` the moments and the step begin at zero."""
+
+    model_id: str
+    seq: int
+    directory: str
+    with_optimizer: bool
+    size_bytes: int
+    created_at: datetime
 
 
 class SamplerKind(StrEnum):

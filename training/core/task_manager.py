@@ -1,6 +1,6 @@
-"""Runs the operations of every model of one trainer: plan, run, absorb.
+"""Runs the operations of every model of one trainer: revive, plan, run, save.
 
-Knows neither the database nor the wire: ``settle`` makes an outcome durable and wakes its waiter,
+Knows neither the database nor the wire: a ``Keeper`` makes outcomes durable and brings models back,
 ``encode`` turns a trainer output into the bytes the client receives.
 """
 
@@ -9,90 +9,128 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field, replace
 
 import structlog
 
-from training.backends.base import (
-    AdamParams,
-    OptimOutput,
-    TrainerBackend,
-    TrainOp,
-    TrainOutput,
-    TrainUnit,
-)
+from training.backends.base import TrainerBackend
 from training.core import metrics
-from training.core.errors import (
-    BackendDead,
-    BackendError,
-    Busy,
-    Gone,
-    TinkercloudError,
-    UserError,
-)
+from training.core.errors import BackendDead, BackendError, Busy, Gone, TinkercloudError
 from training.core.gathering import Gathering
+from training.core.keeper import Keeper
 from training.core.model_queue import ModelQueue
-from training.core.operations import CallWork, Operation, OptimWork, RefusedWork, TrainWork
+from training.core.operations import (
+    CallWork,
+    Operation,
+    Outcome,
+    RefusedWork,
+    SlotOf,
+    StoredWork,
+)
 from training.core.planner import Plan, PlanKind, plan_next
-from training.core.records import FutureKind, FutureResult, FutureStatus
+from training.core.progress import SnapshotPolicy
+from training.core.records import STATEFUL_KINDS, FutureStatus
+from training.core.saving import Saving
+from training.core.settling import Settling
+from training.core.suspects import Suspects
+from training.core.unit_runner import Encode, UnitRunner, failed
 
 log = structlog.get_logger(__name__)
 
-Settle = Callable[[str, FutureResult], Coroutine[None, None, None]]
-Encode = Callable[[TrainOutput | OptimOutput], FutureResult]
-_SPOILS_WINDOW = frozenset({PlanKind.FORWARD_BACKWARD, PlanKind.OPTIM_STEP})
-"""After these failed, nobody knows which gradients the slot holds: the next step discards them."""
+_REVIVE_PAUSE_S = 0.2
+"""After a model could not be brought back because the engine went again."""
+_MAX_REPLAY_FAILURES = 3
 
 
-def failed(error: TinkercloudError) -> FutureResult:
-    return FutureResult(FutureStatus.FAILED, error=str(error), category=error.category)
+@dataclass(frozen=True)
+class TaskPolicy:
+    unit_tokens: int = 16384
+    gap_timeout_s: float = 60.0
+    max_pending_per_model: int = 4096
+    snapshots: SnapshotPolicy = field(default_factory=SnapshotPolicy)
 
 
 class TaskManager:
-    """One per trainer backend. ``on_backend_dead`` hears of a death once per failed plan."""
+    """One per trainer backend."""
 
     def __init__(
         self,
         backend: TrainerBackend,
-        settle: Settle,
+        keeper: Keeper,
         encode: Encode,
-        on_backend_dead: Callable[[str], Awaitable[None]],
-        unit_tokens: int,
-        gap_timeout_s: float,
-        max_pending_per_model: int,
+        policy: TaskPolicy,
     ) -> None:
         self._backend = backend
-        self._settle_future = settle
-        self._encode = encode
-        self._on_backend_dead = on_backend_dead
-        self._unit_tokens = unit_tokens
-        self._gap_timeout_s = gap_timeout_s
-        self._max_pending_per_model = max_pending_per_model
+        self._keeper = keeper
+        self._policy = policy
         self._queues: dict[str, ModelQueue] = {}
         self._closed: dict[str, TinkercloudError] = {}
         self._gap_since_s: dict[str, float] = {}
         self._gathering = Gathering()
-        self._between: list[tuple[Callable[[], Awaitable[None]], asyncio.Future[None]]] = []
         self._wake = asyncio.Event()
+        self._settling = Settling(keeper)
+        self._saving = Saving(keeper, self._settling, policy.snapshots, self._wake.set)
+        self.suspects = Suspects()
+        self._units = UnitRunner(backend, self._settling, encode, self._replay_failed)
+        self._between: list[tuple[Callable[[], Awaitable[None]], asyncio.Future[None]]] = []
         self._loop: asyncio.Task[None] | None = None
-        self._settling: set[asyncio.Task[None]] = set()
+        self._stopping = False
+        self._tasks: dict[str, set[asyncio.Task[None]]] = {}
+        """Per model: calls and revivals that run beside the loop."""
 
     # ----------------------------------------------------------------- from the services
 
     async def start(self) -> None:
         self._loop = asyncio.create_task(self._run(), name="task-manager")
 
+    async def drain(self, within_s: float) -> None:
+        """Lets the running unit end, starts nothing more, and saves what can be saved. What is
+        queued stays pending in the database."""
+        try:
+            async with asyncio.timeout(within_s):
+                self._stopping = True
+                self._wake.set()
+                if self._loop is not None:
+                    await asyncio.wait([self._loop])
+                await self._saving.drained()
+                for queue in list(self._queues.values()):
+                    if queue.progress.is_dirty() and self._is_loaded(queue):
+                        await self._saving.save(queue)
+                        await self._saving.drained()
+                running = [task for tasks in self._tasks.values() for task in tasks]
+                await asyncio.gather(*running, return_exceptions=True)
+                await self._settling.drained()
+        except TimeoutError:
+            log.warning("tasks.not_drained", seconds=within_s)
+        except BackendDead as error:
+            log.warning("tasks.not_drained", error=str(error))
+
     async def close(self) -> None:
-        """Abandons the call in flight; it and what is queued stay pending in the database."""
+        """Abandons what runs; it and what is queued stay pending in the database."""
+        running = [task for tasks in self._tasks.values() for task in tasks]
         if self._loop is not None:
-            self._loop.cancel()
-            await asyncio.gather(self._loop, return_exceptions=True)
+            running.append(self._loop)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        await self._saving.close()
         for _, done in self._between:
             done.cancel()
-        await asyncio.gather(*self._settling, return_exceptions=True)
+        await self._settling.drained()
 
-    def open_model(self, model_id: str, next_seq: int = 0) -> None:
+    def open_model(self, model_id: str, slot: SlotOf, next_seq: int = 0) -> None:
+        """A new model, whose operation ``next_seq`` creates it in an engine's slot."""
         self._closed.pop(model_id, None)
-        self._queues[model_id] = ModelQueue(model_id, next_seq)
+        self._queues[model_id] = ModelQueue(model_id, slot, next_seq)
+
+    def open_stored(self, model_id: str, slot: SlotOf, next_seq: int, has_pending: bool) -> None:
+        """A model of an earlier process. It is brought back when it has something to do; now, if
+        operations wait for it in the database."""
+        self.open_model(model_id, slot, next_seq)
+        queue = self._queues[model_id]
+        queue.must_revive, queue.has_stored = True, has_pending
+        queue.is_stored = True
+        self._wake.set()
 
     def close_model(self, model_id: str, error: TinkercloudError) -> None:
         """Fails what is queued, and whatever still arrives, with ``error``."""
@@ -101,7 +139,18 @@ class TaskManager:
         self._gathering.forget(model_id)
         queue = self._queues.pop(model_id, None)
         for operation in queue.drain() if queue else []:
-            self._settle(operation, failed(error))
+            if not operation.is_settled:
+                self._settling.put(operation, Outcome(failed(error)))
+
+    async def released(self, model_id: str) -> None:
+        """Of a closed model: returns when nothing that runs uses its slot any longer."""
+        await self._idle(model_id)
+
+        async def nothing() -> None:
+            pass
+
+        await self.run_between(nothing)
+        await self._settling.drained(model_id)
 
     def check_room(self, model_id: str, seq: int) -> None:
         """Raises ``Busy`` before anything is stored for a model whose queue is full; the operation
@@ -109,32 +158,32 @@ class TaskManager:
         queue = self._queues.get(model_id)
         if queue is None or seq <= queue.next_seq:
             return
-        if len(queue) >= self._max_pending_per_model:
+        if len(queue) >= self._policy.max_pending_per_model:
             raise Busy(f"{len(queue)} operations of this model are waiting", retry_after_s=1.0)
 
     def submit(self, operation: Operation) -> None:
         queue = self._queues.get(operation.model_id)
         if queue is None:
             gone = Gone(f"model {operation.model_id} is not loaded")
-            self._settle(operation, failed(self._closed.get(operation.model_id, gone)))
+            error = self._closed.get(operation.model_id, gone)
+            self._settling.put(operation, Outcome(failed(error)))
         elif not queue.push(operation):
-            self._settle(
-                operation,
-                failed(
-                    Gone(f"operation {operation.seq} came after the server stopped waiting for it")
-                ),
-            )
+            self._settling.put(operation, Outcome(failed(_late(operation))))
         else:
             self._gathering.arrived(operation.model_id, operation.arrived_s)
             self._wake.set()
 
-    def reset_window(self, model_id: str) -> None:
-        """New weights were loaded; what was accumulated, or went wrong, belonged to the old."""
+    def loaded(self, model_id: str, seq: int, generation: int) -> None:
+        """Operation ``seq`` put new weights into the model's slot; what was accumulated, or went
+        wrong, belonged to the old."""
         if (queue := self._queues.get(model_id)) is not None:
-            queue.close_window()
+            queue.loaded(seq, generation)
 
     async def run_between(self, action: Callable[[], Awaitable[None]]) -> None:
         """Runs ``action`` while no plan is running: nothing still uses what it takes away."""
+        if self._loop is None or self._loop.done():
+            await action()
+            return
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._between.append((action, done))
         self._wake.set()
@@ -146,33 +195,54 @@ class TaskManager:
     # ----------------------------------------------------------------- the loop
 
     async def _run(self) -> None:
-        while True:
+        while not self._stopping:
             self._wake.clear()
             await self._run_actions()
+            self._revive_stale()
             self._give_up_gaps()
-            ready = [run for queue in self._queues.values() if (run := queue.run_of_ready())]
             metrics.QUEUED_OPERATIONS.set(self.num_queued())
-            plan = plan_next(ready, self._unit_tokens)
+            now_s = time.monotonic()
+            save = self._saving.next(filter(self._is_loaded, self._queues.values()), now_s)
+            if isinstance(save, ModelQueue):
+                await self._save(save)
+                continue
+            ready = [run for queue in self._queues.values() if (run := self._ready(queue))]
+            plan = plan_next(ready, self._policy.unit_tokens)
             if plan is None:
-                await self._sleep()
+                await self._sleep(save)
                 continue
             models = (run[0].model_id for run in ready)
             if pause_s := self._gathering.pause_s(plan, models, time.monotonic()):
                 await self._sleep(pause_s)
                 continue
+            plan = replace(plan, operations=self.suspects.cut(plan.operations))
             for operation in plan.operations:
                 self._queues[operation.model_id].pop(operation)
-            await self._execute(plan)
+            if plan.kind is PlanKind.CALL:
+                self._start_call(plan.operations[0])
+            else:
+                await self._execute(plan)
+        await self._run_actions()
+
+    def _ready(self, queue: ModelQueue) -> list[Operation]:
+        if queue.busy or queue.must_revive:
+            return []
+        run = queue.run_of_ready()
+        # Before its creation has run, a model has no slot that anything else could use.
+        return run if queue.generation is not None else run[:1]
+
+    def _is_loaded(self, queue: ModelQueue) -> bool:
+        health = self._backend.health()
+        return health.alive and queue.generation == health.generation and not queue.must_revive
 
     async def _run_actions(self) -> None:
         while self._between:
-            action, done = self._between[0]
+            action, done = self._between.pop(0)
             failure: Exception | None = None
             try:
                 await action()
             except Exception as error:
                 failure = error
-            del self._between[0]
             if done.done():  # whoever asked was cancelled
                 continue
             if failure is None:
@@ -183,7 +253,7 @@ class TaskManager:
     async def _sleep(self, at_most_s: float | None = None) -> None:
         """Until something arrives, a gap is to be given up, or ``at_most_s`` are over."""
         now = time.monotonic()
-        deadlines = [since + self._gap_timeout_s for since in self._gap_since_s.values()]
+        deadlines = [since + self._policy.gap_timeout_s for since in self._gap_since_s.values()]
         if at_most_s is not None:
             deadlines.append(now + at_most_s)
         timeout = max(min(deadlines) - now, 0.0) if deadlines else None
@@ -195,9 +265,11 @@ class TaskManager:
     def _give_up_gaps(self) -> None:
         now = time.monotonic()
         for queue in self._queues.values():
-            if not queue.has_gap():
+            if queue.must_revive or not queue.has_gap():
                 self._gap_since_s.pop(queue.model_id, None)
-            elif now - self._gap_since_s.setdefault(queue.model_id, now) >= self._gap_timeout_s:
+                continue
+            waited_s = now - self._gap_since_s.setdefault(queue.model_id, now)
+            if waited_s >= self._policy.gap_timeout_s or queue.gap_is_settled():
                 missing = queue.skip_gap()
                 del self._gap_since_s[queue.model_id]
                 log.warning(
@@ -214,128 +286,179 @@ class TaskManager:
         metrics.UNIT_OPERATIONS.labels(plan.kind.value).observe(len(plan.operations))
         try:
             with metrics.UNIT_SECONDS.labels(plan.kind.value).time():
-                await self._run_plan(plan)
+                operations = [await _decoded(item) for item in plan.operations]
+                async with self.suspects.alone(operations):
+                    await self._units.run(plan.kind, operations, self._queues)
             self._gathering.ran(plan, now, time.monotonic())
         except BackendDead as error:
-            # Windows are spoiled for models of the plan that live on in the engine's successor.
-            self._fail(plan.operations, error, plan.kind)
-            await self._report_death(str(error))
+            await self._died(self._units.unsettled, error)
         except Exception as error:
             # The border of the job: one broken plan must not stop the loop for every tenant.
             log.exception("plan.failed", kind=plan.kind.value)
             internal = BackendError(f"internal error ({type(error).__name__}); see the server log")
-            self._fail(plan.operations, internal, plan.kind)
+            self._units.fail(list(self._units.unsettled), internal)
 
-    async def _report_death(self, reason: str) -> None:
+    async def _save(self, queue: ModelQueue) -> None:
         try:
-            await self._on_backend_dead(reason)
+            await self._saving.save(queue)
+        except BackendDead as error:
+            await self._died([], error)
         except Exception:
-            # The border of the job: what could not be written down must not stop the loop.
-            log.exception("backend.death_not_handled", reason=reason)
+            # The border of the job: a snapshot that fails costs a longer replay, nothing else.
+            log.exception("snapshot.failed", model_id=queue.model_id)
 
-    async def _run_plan(self, plan: Plan) -> None:
-        match plan.kind:
-            case PlanKind.REFUSE:
-                for operation in plan.operations:
-                    assert isinstance(operation.work, RefusedWork)
-                    self._refuse(operation, operation.work.error)
-            case PlanKind.FORWARD | PlanKind.FORWARD_BACKWARD:
-                await self._run_train(list(plan.operations), plan.kind)
-            case PlanKind.OPTIM_STEP:
-                await self._run_optim(plan.operations)
-            case PlanKind.CALL:
-                await self._run_call(plan.operations[0])
+    # ----------------------------------------------------------------- calls
 
-    async def _run_train(self, operations: list[Operation], kind: PlanKind) -> None:
-        run = self._backend.forward if kind is PlanKind.FORWARD else self._backend.forward_backward
-        while operations:
-            try:
-                outputs = await run(TrainUnit([_train_op(item) for item in operations]))
-            except BackendDead:
-                raise
-            except UserError as error:
-                # One operation is wrong; the unit changed nothing, so the others run without it.
-                wrong = operations.pop(error.op_index or 0)
-                self._fail([wrong], error, kind)
-                continue
-            except BackendError as error:
-                if len(operations) == 1:
-                    self._fail(operations, error, kind)
-                    return
-                log.warning("unit.retried_one_by_one", num=len(operations), error=str(error))
-                for operation in operations:
-                    await self._run_train([operation], kind)
-                return
-            for operation, output in zip(operations, outputs, strict=True):
-                metrics.TRAINED_TOKENS.labels(kind.value).inc(operation.num_tokens)
-                self._settle(operation, self._encode(output))
-            return
+    def _start_call(self, operation: Operation) -> None:
+        """Beside the loop: other models do not wait while one is created, loaded or saved."""
+        queue = self._queues[operation.model_id]
+        queue.busy = True
+        earlier = set(self._tasks.get(operation.model_id, ()))
+        self._start(operation.model_id, self._call(queue, operation, earlier))
 
-    async def _run_optim(self, operations: Sequence[Operation]) -> None:
-        params: dict[int, AdamParams] = {}
-        stepping: list[tuple[Operation, int]] = []
-        for operation in operations:
-            assert isinstance(operation.work, OptimWork)
-            slot = operation.work.slot()
-            queue = self._queues.get(operation.model_id)
-            reason = queue.close_window() if queue is not None else None
-            if reason is None:
-                params[slot] = operation.work.params
-                stepping.append((operation, slot))
-                continue
-            await self._backend.discard_grads(slot)
-            error = UserError(
-                "no step was taken and the gradients were discarded, because an earlier "
-                f"operation of this step failed: {reason}"
-            )
-            self._settle(operation, failed(error))
-        outputs = await self._backend.optim_step(params) if params else {}
-        for operation, slot in stepping:
-            output = outputs[slot]
-            if output.error is not None:
-                self._settle(operation, failed(UserError(output.error)))
-            else:
-                self._settle(operation, self._encode(output))
-
-    async def _run_call(self, operation: Operation) -> None:
-        assert isinstance(operation.work, CallWork)
-        try:
-            result = await operation.work.run()
-        except BackendDead:
-            raise
-        except TinkercloudError as error:
-            result = failed(error)
-        self._settle(operation, result)
-
-    # ----------------------------------------------------------------- outcomes
-
-    def _refuse(self, operation: Operation, error: TinkercloudError) -> None:
-        spoils = operation.kind is FutureKind.FORWARD_BACKWARD
-        kind = PlanKind.FORWARD_BACKWARD if spoils else PlanKind.REFUSE
-        self._fail([operation], error, kind)
-
-    def _fail(
-        self, operations: Sequence[Operation], error: TinkercloudError, kind: PlanKind
+    async def _call(
+        self, queue: ModelQueue, operation: Operation, earlier: set[asyncio.Task[None]]
     ) -> None:
-        for operation in operations:
-            queue = self._queues.get(operation.model_id)
-            if kind in _SPOILS_WINDOW and queue is not None:
-                queue.spoil_window(f"{kind.value} {operation.seq}: {error}")
-            self._settle(operation, failed(error))
+        try:
+            try:
+                async with self.suspects.alone([operation]):
+                    decoded = await _decoded(operation)
+                    if isinstance(decoded.work, RefusedWork):
+                        raise decoded.work.error
+                    assert isinstance(decoded.work, CallWork)
+                    finish = await decoded.work.run()
+            finally:
+                queue.busy = False
+                self._wake.set()
+            outcome = await finish()
+        except BackendDead as error:
+            await self._died([operation], error)
+            return
+        except TinkercloudError as error:
+            outcome = Outcome(failed(error))
+        except Exception as error:
+            # The border of the job: one broken call must not leave its client waiting.
+            log.exception("call.failed", kind=operation.kind.value)
+            internal = BackendError(f"internal error ({type(error).__name__}); see the server log")
+            outcome = Outcome(failed(internal))
+        await self._absorb(operation, outcome, earlier)
 
-    def _settle(self, operation: Operation, result: FutureResult) -> None:
-        """In the background: the trainer goes on while the outcome is committed."""
-        metrics.OPERATIONS.labels(operation.kind.value, result.status.value).inc()
-        task = asyncio.create_task(self._settle_future(operation.request_id, result))
-        self._settling.add(task)
-        task.add_done_callback(self._settled)
+    async def _absorb(
+        self, operation: Operation, outcome: Outcome, earlier: set[asyncio.Task[None]]
+    ) -> None:
+        if not operation.is_settled:
+            if operation.kind in STATEFUL_KINDS and earlier:
+                # Its snapshot covers saves that still write; they must be answered first.
+                await asyncio.wait(earlier)
+                await self._settling.drained(operation.model_id)
+            self._settling.put(operation, outcome)
+        elif outcome.result.status is FutureStatus.DONE:
+            self._settling.compare(operation, outcome.result)
+        else:
+            self._replay_failed(operation, BackendError(outcome.result.error))
 
-    def _settled(self, task: asyncio.Task[None]) -> None:
-        self._settling.discard(task)
+    def _start(self, model_id: str, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.setdefault(model_id, set()).add(task)
+        task.add_done_callback(lambda done: self._ended(model_id, done))
+
+    def _ended(self, model_id: str, task: asyncio.Task[None]) -> None:
+        tasks = self._tasks[model_id]
+        tasks.discard(task)
+        if not tasks:
+            del self._tasks[model_id]
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("future.not_stored", error=str(error))
+            log.error("task.failed", model_id=model_id, exc_info=error)
+
+    async def _idle(self, model_id: str) -> None:
+        """Returns when no call of the model runs beside the loop."""
+        tasks = self._tasks.get(model_id, set()) - {asyncio.current_task()}
+        if tasks:
+            await asyncio.wait(tasks)
+
+    # ----------------------------------------------------------------- death and recovery
+
+    async def _died(self, operations: Sequence[Operation], error: BackendDead) -> None:
+        """What had no outcome runs again when its model is back, unless it is to blame."""
+        for operation in operations:
+            if (queue := self._queues.get(operation.model_id)) is not None:
+                queue.must_revive = queue.has_stored = True
+        self._wake.set()
+        guilty = self.suspects.died(operations, error)
+        if not guilty:
+            return
+        await self._keeper.note_deaths([item for item, _ in guilty])
+        for operation, poison in guilty:
+            if poison is None:
+                continue
+            log.error("operation.poison", request_id=operation.request_id, error=str(poison))
+            if operation.is_settled:
+                self._lose(operation.model_id, poison)
+            else:
+                self._units.fail([operation], poison)
+
+    def _revive_stale(self) -> None:
+        health = self._backend.health()
+        for queue in self._queues.values():
+            stale = queue.generation is not None and (
+                not health.alive or queue.generation != health.generation
+            )
+            if stale:
+                queue.must_revive = True
+            wanted = queue.has_stored or len(queue) > 0
+            if queue.must_revive and wanted and not queue.reviving and not queue.busy:
+                queue.reviving = True
+                self._start(queue.model_id, self._revive(queue))
+
+    async def _revive(self, queue: ModelQueue) -> None:
+        """Beside the loop. Everything that is known of the model's operations is stored first, so
+        that the database tells what is to be run again."""
+        model_id = queue.model_id
+        try:
+            await self._idle(model_id)
+            await self._settling.drained(model_id)
+            with metrics.REVIVAL_SECONDS.time():
+                until = None if queue.is_stored else queue.high_seq
+                revival = await self._keeper.revive(model_id, until)
+            late = queue.revive(revival.next_seq, revival.operations, revival.generation)
+            for operation in late:
+                self._settling.put(operation, Outcome(failed(_late(operation))))
+            log.info(
+                "model.revived",
+                model_id=model_id,
+                next_seq=revival.next_seq,
+                num_replayed=sum(item.is_settled for item in revival.operations),
+            )
+        except BackendDead as error:
+            log.warning("model.not_revived_yet", model_id=model_id, error=str(error))
+            await asyncio.sleep(_REVIVE_PAUSE_S)
+        except TinkercloudError as error:
+            self._lose(model_id, error)
+        finally:
+            queue.reviving = False
+            self._wake.set()
+
+    def _replay_failed(self, operation: Operation, error: TinkercloudError) -> None:
+        """An operation that was done before could not be done again: not as it was, yet."""
+        queue = self._queues.get(operation.model_id)
+        if queue is None:
+            return
+        queue.replay_failures += 1
+        queue.must_revive = queue.has_stored = True
+        log.error("replay.failed", model_id=operation.model_id, seq=operation.seq, error=str(error))
+        if queue.replay_failures >= _MAX_REPLAY_FAILURES:
+            reason = f"operation {operation.seq} cannot be run again: {error}"
+            self._lose(operation.model_id, BackendError(reason))
+
+    def _lose(self, model_id: str, error: TinkercloudError) -> None:
+        self._start(f"lose {model_id}", self._keeper.give_up(model_id, error))
 
 
-def _train_op(operation: Operation) -> TrainOp:
-    assert isinstance(operation.work, TrainWork)
-    return operation.work.op()
+def _late(operation: Operation) -> Gone:
+    return Gone(f"operation {operation.seq} came after the server stopped waiting for it")
+
+
+async def _decoded(operation: Operation) -> Operation:
+    if isinstance(operation.work, StoredWork) and not operation.is_passed_over:
+        return replace(operation, work=await operation.work.load())
+    return operation

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -15,23 +15,26 @@ from training.backends.base import Saving
 from training.core import ids
 from training.core.errors import InvalidRequest, NotFound, RequestError
 from training.core.ids import CheckpointKind, TinkerPath, checked_name
-from training.core.operations import CallWork, RefusedWork, Work
+from training.core.operations import CallWork, Finish, Outcome, RefusedWork, Work
 from training.core.records import (
     Checkpoint,
     FutureKind,
-    FutureResult,
     Model,
     SamplerKind,
     SamplingSession,
     utcnow,
 )
 from training.core.threads import in_thread
-from training.services.models import LoadedModel, ModelService, readable_checkpoint
+from training.services.hosts import Host
+from training.services.loaded import LoadedModel
+from training.services.model_loading import readable_checkpoint
+from training.services.models import ModelService
 from training.services.operations import OperationDesk
 from training.services.results import done_json
 from training.storage.database import Connection, Database
 from training.storage.files import CheckpointFiles
 from training.storage.repositories import checkpoints, sampling_sessions
+from training.wire.json_base import parse_json
 from training.wire.requests import SaveWeightsForSamplerRequest, SaveWeightsRequest
 from training.wire.responses import SavedWeights, SavedWeightsForSampler
 
@@ -41,6 +44,11 @@ MIN_TTL_S = 3600
 MAX_TTL_S = 10 * 365 * 24 * 3600
 _JSON = "application/json"
 _REAP_S = 60.0
+
+
+class _Stored(NamedTuple):
+    directory: str
+    size_bytes: int
 
 
 class CheckpointService:
@@ -83,15 +91,7 @@ class CheckpointService:
         incoming = self._desk.incoming(
             FutureKind.SAVE_WEIGHTS, loaded.model, request.seq_id, payload, _JSON
         )
-        name = request.path if request.path is not None else f"step-{incoming.seq}"
-        work = self._named(
-            loaded,
-            CheckpointKind.TRAINING,
-            name,
-            request.ttl_seconds,
-            dict(request.user_metadata or {}),
-            request.overwrite,
-        )
+        work = self._saving(loaded, incoming.seq, request)
         return await self._desk.accept(incoming, loaded.host, work)
 
     async def save_for_sampler(
@@ -102,9 +102,28 @@ class CheckpointService:
         incoming = self._desk.incoming(
             FutureKind.SAVE_WEIGHTS_FOR_SAMPLER, loaded.model, request.seq_id, payload, _JSON
         )
-        work: Work
+        work = self._exporting(loaded, request)
+        return await self._desk.accept(incoming, loaded.host, work)
+
+    async def decode_save(self, loaded: LoadedModel, seq: int, body: bytes) -> Work:
+        return self._saving(loaded, seq, parse_json(SaveWeightsRequest, body))
+
+    async def decode_save_for_sampler(self, loaded: LoadedModel, seq: int, body: bytes) -> Work:
+        return self._exporting(loaded, parse_json(SaveWeightsForSamplerRequest, body))
+
+    def _saving(self, loaded: LoadedModel, seq: int, request: SaveWeightsRequest) -> Work:
+        return self._named(
+            loaded,
+            CheckpointKind.TRAINING,
+            request.path if request.path is not None else f"step-{seq}",
+            request.ttl_seconds,
+            dict(request.user_metadata or {}),
+            request.overwrite,
+        )
+
+    def _exporting(self, loaded: LoadedModel, request: SaveWeightsForSamplerRequest) -> Work:
         if request.path is not None:
-            work = self._named(
+            return self._named(
                 loaded,
                 CheckpointKind.SAMPLER,
                 request.path,
@@ -112,12 +131,10 @@ class CheckpointService:
                 dict(request.user_metadata or {}),
                 overwrite=False,
             )
-        elif request.sampling_session_seq_id is None:
-            work = RefusedWork(InvalidRequest("give either path or sampling_session_seq_id"))
-        else:
-            kind = SamplerKind(request.kind)
-            work = self._ephemeral(loaded, kind, request.sampling_session_seq_id)
-        return await self._desk.accept(incoming, loaded.host, work)
+        if request.sampling_session_seq_id is None:
+            return RefusedWork(InvalidRequest("give either path or sampling_session_seq_id"))
+        kind = SamplerKind(request.kind)
+        return self._ephemeral(loaded, kind, request.sampling_session_seq_id)
 
     def _named(
         self,
@@ -136,80 +153,122 @@ class CheckpointService:
             return RefusedWork(error)
         write = backend.save_state if kind is CheckpointKind.TRAINING else backend.export_adapter
 
-        async def run() -> FutureResult:
+        async def run() -> Finish:
             if not overwrite and await self._database.read(checkpoints.get, path) is not None:
                 raise InvalidRequest(_taken(path))
-            directory = uuid.uuid4().hex
-            size_bytes = await self._write(loaded, directory, write)
-            now = utcnow()
-            checkpoint = Checkpoint(
-                path=path,
-                owner=model.owner,
-                base_model=model.base_model,
-                lora=model.lora,
-                optimizer=model.optimizer,
-                directory=directory,
-                size_bytes=size_bytes,
-                created_at=now,
-                user_metadata=user_metadata,
-                expires_at=None if lifetime is None else now + lifetime,
-            )
-            await self._register(checkpoint, overwrite)
-            log.info("checkpoint.saved", path=str(path), size_bytes=size_bytes)
-            return done_json(_SAVED[kind](path=str(path)))
+            finish = await self._capture(loaded, write)
+
+            async def outcome() -> Outcome:
+                stored = await finish()
+                now = utcnow()
+                checkpoint = Checkpoint(
+                    path=path,
+                    owner=model.owner,
+                    base_model=model.base_model,
+                    lora=model.lora,
+                    optimizer=model.optimizer,
+                    directory=stored.directory,
+                    size_bytes=stored.size_bytes,
+                    created_at=now,
+                    user_metadata=user_metadata,
+                    expires_at=None if lifetime is None else now + lifetime,
+                )
+                return self._registered(checkpoint, overwrite)
+
+            return outcome
 
         return CallWork(run)
 
-    async def _register(self, checkpoint: Checkpoint, overwrite: bool) -> None:
-        if overwrite:
-            replaced = await self._database.write(checkpoints.replace, checkpoint)
-            if replaced is not None:
-                await in_thread(self._files.delete, replaced)
-        elif not await self._database.write(checkpoints.insert, checkpoint):
+    def _registered(self, checkpoint: Checkpoint, overwrite: bool) -> Outcome:
+        replaced: list[str] = []
+
+        def also(connection: Connection) -> None:
+            if overwrite:
+                if (old := checkpoints.replace(connection, checkpoint)) is not None:
+                    replaced.append(old)
+            elif not checkpoints.insert(connection, checkpoint):
+                raise InvalidRequest(_taken(checkpoint.path))
+
+        async def undo() -> None:
             await in_thread(self._files.delete, checkpoint.directory)
-            raise InvalidRequest(_taken(checkpoint.path))
+
+        async def then() -> None:
+            path, size_bytes = str(checkpoint.path), checkpoint.size_bytes
+            log.info("checkpoint.saved", path=path, size_bytes=size_bytes)
+            for old in replaced:
+                await in_thread(self._files.delete, old)
+
+        result = done_json(_SAVED[checkpoint.kind](path=str(checkpoint.path)))
+        return Outcome(result, also, undo, then)
 
     def _ephemeral(self, loaded: LoadedModel, kind: SamplerKind, seq: int) -> Work:
         model, host = loaded.model, loaded.host
 
-        async def run() -> FutureResult:
-            snapshot_id = uuid.uuid4().hex
-            await self._write(loaded, snapshot_id, host.backend.export_adapter)
-            await host.snapshots.ensure(snapshot_id)
-            session = SamplingSession(
-                sampling_session_id=ids.sampling_session_id(model.session_id, seq),
-                session_id=model.session_id,
-                owner=model.owner,
-                base_model=model.base_model,
-                kind=kind,
-                created_at=utcnow(),
-                model_id=model.model_id,
-                snapshot_id=snapshot_id,
-            )
-            unused = await self._database.write(_insert_sampler, session)
-            for old in unused:
-                await host.snapshots.retire(old)
-                await in_thread(self._files.delete, old)
-            return done_json(
-                SavedWeightsForSampler(sampling_session_id=session.sampling_session_id)
-            )
+        async def run() -> Finish:
+            finish = await self._capture(loaded, host.backend.export_adapter)
+
+            async def outcome() -> Outcome:
+                stored = await finish()
+                await host.snapshots.ensure(stored.directory)
+                session = SamplingSession(
+                    sampling_session_id=ids.sampling_session_id(model.session_id, seq),
+                    session_id=model.session_id,
+                    owner=model.owner,
+                    base_model=model.base_model,
+                    kind=kind,
+                    created_at=utcnow(),
+                    model_id=model.model_id,
+                    snapshot_id=stored.directory,
+                )
+                return self._sampler_opened(host, session)
+
+            return outcome
 
         return CallWork(run)
 
-    async def _write(
-        self,
-        loaded: LoadedModel,
-        directory: str,
-        write: Callable[[int, Path], Awaitable[Saving]],
-    ) -> int:
+    def _sampler_opened(self, host: Host, session: SamplingSession) -> Outcome:
+        unused: list[str] = []
+
+        def also(connection: Connection) -> None:
+            unused.extend(_insert_sampler(connection, session))
+
+        async def discard(snapshot_ids: Iterable[str]) -> None:
+            for snapshot_id in snapshot_ids:
+                await host.snapshots.retire(snapshot_id)
+                await in_thread(self._files.delete, snapshot_id)
+
+        async def undo() -> None:
+            assert session.snapshot_id is not None
+            await discard([session.snapshot_id])
+
+        async def then() -> None:
+            await discard(unused)
+
+        result = done_json(SavedWeightsForSampler(sampling_session_id=session.sampling_session_id))
+        return Outcome(result, also, undo, then)
+
+    async def _capture(
+        self, loaded: LoadedModel, write: Callable[[int, Path], Awaitable[Saving]]
+    ) -> Callable[[], Awaitable[_Stored]]:
+        """Returns when the weights are captured; what that returns waits for their files."""
         staged = await in_thread(self._files.stage)
         try:
             saving = await write(loaded.held_slot(), staged)
-            await saving.written()
         except BaseException:
             await in_thread(self._files.discard, staged)
             raise
-        return await in_thread(self._files.commit, staged, directory)
+
+        async def finish() -> _Stored:
+            try:
+                await saving.written()
+            except BaseException:
+                await in_thread(self._files.discard, staged)
+                raise
+            directory = uuid.uuid4().hex
+            size_bytes = await in_thread(self._files.commit, staged, directory)
+            return _Stored(directory, size_bytes)
+
+        return finish
 
     # ----------------------------------------------------------------- asking, deleting
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import structlog
 
 from training.backends.base import Backend, Capabilities
 from training.backends.registry import create_backend
 from training.config import ModelConfig, TrainingConfig
-from training.core.errors import InvalidRequest
+from training.core.errors import BackendError, InvalidRequest
+from training.core.keeper import Keeper
+from training.core.progress import SnapshotPolicy
 from training.core.slots import SlotPool
-from training.core.task_manager import Settle, TaskManager
+from training.core.task_manager import TaskManager, TaskPolicy
 from training.services.results import encode_output
 from training.storage.files import CheckpointFiles
+
+log = structlog.get_logger(__name__)
 
 
 class Snapshots:
@@ -55,6 +61,19 @@ class Host:
     def capabilities(self) -> Capabilities:
         return self.backend.capabilities()
 
+    async def release(self, slot: int | None) -> None:
+        """Frees a slot that no plan can be using any longer; None passes."""
+        if slot is None:
+            return
+        try:
+            await self.backend.unload_slot(slot)
+        except BackendError as error:
+            # It went with its engine, or the next model that gets the slot replaces it.
+            log.warning("slot.not_unloaded", slot=slot, error=str(error))
+        finally:
+            self.slots.free(slot)
+            self.slots.check_integrity()
+
 
 class Hosts:
     """Every served base model by name."""
@@ -76,6 +95,10 @@ class Hosts:
             raise InvalidRequest(f"base model {base_model[:200]!r} is not served; served: {served}")
         return host
 
+    async def drain(self, within_s: float) -> None:
+        """Saves what trains, as far as the time goes; see ``TaskManager.drain``."""
+        await asyncio.gather(*(host.tasks.drain(within_s) for host in self.all()))
+
     async def close(self) -> None:
         for host in self.all():
             await host.tasks.close()
@@ -85,10 +108,9 @@ class Hosts:
 async def start_hosts(
     config: TrainingConfig,
     files: CheckpointFiles,
-    settle: Settle,
-    on_backend_dead: Callable[[str, str], Awaitable[None]],
+    keeper: Keeper,
 ) -> Hosts:
-    """Starts every engine at once. ``on_backend_dead`` gets the base model's name and a reason."""
+    """Starts every engine at once."""
     models = config.served_models()
     backends = [create_backend(model, config) for model in models]
     try:
@@ -100,12 +122,9 @@ async def start_hosts(
     for model, backend in zip(models, backends, strict=True):
         tasks = TaskManager(
             backend,
-            settle,
+            keeper,
             encode_output,
-            _naming(on_backend_dead, model.name),
-            config.scheduler.unit_tokens,
-            config.scheduler.gap_timeout_s,
-            config.scheduler.max_pending_per_model,
+            task_policy(config),
         )
         await tasks.start()
         slots = SlotPool(backend.capabilities().max_slots)
@@ -113,10 +132,17 @@ async def start_hosts(
     return Hosts(hosts)
 
 
-def _naming(
-    callback: Callable[[str, str], Awaitable[None]], name: str
-) -> Callable[[str], Awaitable[None]]:
-    async def with_name(reason: str) -> None:
-        await callback(name, reason)
-
-    return with_name
+def task_policy(config: TrainingConfig) -> TaskPolicy:
+    durability = config.durability
+    return TaskPolicy(
+        unit_tokens=config.scheduler.unit_tokens,
+        gap_timeout_s=config.scheduler.gap_timeout_s,
+        max_pending_per_model=config.scheduler.max_pending_per_model,
+        snapshots=SnapshotPolicy(
+            steps=durability.snapshot_steps,
+            tokens=durability.snapshot_tokens,
+            pause_s=durability.snapshot_pause_s,
+            idle_s=durability.snapshot_idle_s,
+            share=durability.snapshot_share,
+        ),
+    )

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from training.core import ids
 from training.core.errors import InvalidRequest, TinkercloudError
-from training.core.operations import Operation, Work
+from training.core.operations import Operation, TrainWork, Work
 from training.core.records import FutureKind, Model, NewFuture, utcnow
 from training.services.hosts import Host
 from training.services.promises import Promises
 from training.storage.database import Connection
-from training.storage.repositories import models
+from training.storage.repositories import futures, models
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,17 +28,18 @@ class Incoming:
     payload: bytes
     content_type: str
 
-    def future(self) -> NewFuture:
+    def future(self, num_tokens: int = 0) -> NewFuture:
         return NewFuture(
             request_id=ids.new_request_id(),
             kind=self.kind,
-            scope=f"model:{self.model_id}",
+            scope=futures.model_scope(self.model_id),
             seq=self.seq,
             owner=self.owner,
             session_id=self.session_id,
             model_id=self.model_id,
             payload=self.payload,
             content_type=self.content_type,
+            num_tokens=num_tokens,
         )
 
 
@@ -76,7 +77,8 @@ class OperationDesk:
                 also(connection)
             models.touch(connection, incoming.model_id, utcnow())
 
-        stored = await self._promises.accept(incoming.future(), store)
+        num_tokens = work.num_tokens if isinstance(work, TrainWork) else 0
+        stored = await self._promises.accept(incoming.future(num_tokens), store)
         if stored.is_new:
             if opened is not None:
                 opened()
@@ -88,6 +90,7 @@ class OperationDesk:
                     incoming.kind,
                     work,
                     arrived_s,
+                    incoming.owner,
                 )
             )
         return stored.request_id

@@ -14,9 +14,16 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from training.core.errors import InvalidRequest, NotFound, StorageError, TinkercloudError
+from training.core.errors import (
+    InvalidRequest,
+    NotFound,
+    RequestError,
+    StorageError,
+    TinkercloudError,
+)
+from training.core.operations import Outcome
 from training.core.records import Future, FutureResult, FutureStatus, NewFuture, utcnow
-from training.core.task_manager import failed
+from training.core.unit_runner import failed
 from training.storage.database import Connection, Database
 from training.storage.repositories import futures
 
@@ -46,10 +53,26 @@ class Promises:
         self._recent_bytes = 0
         self._scope_watchers: dict[str, set[asyncio.Event]] = {}
         self._closing = asyncio.Event()
+        self._is_stopping = False
+        self._delivered: list[str] = []
+
+    def stop_waiting(self) -> None:
+        """Nobody waits any longer: the server is about to stop, and clients ask its successor."""
+        self._is_stopping = True
+        for entry in self._pending.values():
+            entry.settled.set()
+        for watchers in self._scope_watchers.values():
+            for watcher in watchers:
+                watcher.set()
 
     def close(self) -> None:
         """From now on an outcome that cannot be stored stays pending; it is not tried again."""
         self._closing.set()
+
+    def take_delivered(self) -> list[str]:
+        """Requests whose results were handed out since the last call."""
+        delivered, self._delivered = self._delivered, []
+        return delivered
 
     async def accept(
         self, new: NewFuture, also: Callable[[Connection], None] | None = None
@@ -76,10 +99,15 @@ class Promises:
         return stored
 
     async def refuse(self, new: NewFuture, error: TinkercloudError) -> futures.Stored:
-        """Accepts a promise that is already known to fail."""
-        stored = await self.accept(new)
+        """Accepts a promise that is already known to fail: both in one transaction."""
+        result = failed(error)
+
+        def also(connection: Connection) -> None:
+            futures.finish(connection, new.request_id, result, utcnow())
+
+        stored = await self.accept(new, also)
         if stored.is_new:
-            await self.settle(new.request_id, failed(error))
+            self._wake(new.request_id, result)
         return stored
 
     def adopt(self, future: Future) -> None:
@@ -91,9 +119,28 @@ class Promises:
 
         A full disk delays the outcome and does not lose it: the commit is tried until it holds.
         """
-        completion = await self._commit_outcome(request_id, result)
+        await self.settle_outcome(request_id, Outcome(result))
+
+    async def settle_outcome(self, request_id: str, outcome: Outcome) -> None:
+        """The same with what must become durable in the same transaction."""
+        result = outcome.result
+        try:
+            completion = await self._commit_outcome(request_id, outcome)
+        except RequestError as error:
+            if outcome.undo is not None:
+                await outcome.undo()
+            result = failed(error)
+            completion = await self._commit_outcome(request_id, Outcome(result))
+        else:
+            # A promise that was settled before leaves what this outcome brought without a use.
+            after = outcome.undo if completion is None else outcome.then
+            if after is not None:
+                await after()
+        self._wake(request_id, result if completion is not None else None)
+
+    def _wake(self, request_id: str, result: FutureResult | None) -> None:
         entry = self._pending.pop(request_id, None)
-        if completion is None or entry is None:
+        if result is None or entry is None:
             return
         entry.result = result
         entry.settled.set()
@@ -108,15 +155,17 @@ class Promises:
         """
         entry = self._pending.get(request_id) or self._recent.get(request_id)
         if entry is None:
-            return await self._stored_result(request_id, owner)
-        if entry.owner != owner:
-            raise NotFound(f"no such request: {request_id}")
-        if entry.result is None:
-            try:
-                await asyncio.wait_for(entry.settled.wait(), timeout_s)
-            except TimeoutError:
-                return None
-        return entry.result
+            result = await self._stored_result(request_id, owner)
+        else:
+            if entry.owner != owner:
+                raise NotFound(f"no such request: {request_id}")
+            if entry.result is None and not self._is_stopping:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(entry.settled.wait(), timeout_s)
+            result = entry.result
+        if result is not None:
+            self._delivered.append(request_id)
+        return result
 
     async def completions(
         self, scope: str, clone: int, after: int, timeout_s: float, limit: int = 1000
@@ -138,7 +187,7 @@ class Promises:
                     futures.completions, scope, after, low, low + CLONE_SEQS, limit
                 )
                 remaining = deadline - asyncio.get_running_loop().time()
-                if found or remaining <= 0:
+                if found or remaining <= 0 or self._is_stopping:
                     return found
                 try:
                     await asyncio.wait_for(watcher.wait(), remaining)
@@ -153,11 +202,19 @@ class Promises:
     def num_pending(self) -> int:
         return len(self._pending)
 
-    async def _commit_outcome(self, request_id: str, result: FutureResult) -> int | None:
+    async def _commit_outcome(self, request_id: str, outcome: Outcome) -> int | None:
+        """The completion number, or None if it was settled before. Raises what ``also`` raises."""
+
+        def store(connection: Connection) -> int | None:
+            completion = futures.finish(connection, request_id, outcome.result, utcnow())
+            if completion is not None and outcome.also is not None:
+                outcome.also(connection)
+            return completion
+
         delay_s = 0.5
         while True:
             try:
-                return await self._database.write(futures.finish, request_id, result, utcnow())
+                return await self._database.write(store)
             except StorageError as error:
                 log.error("future.not_stored", request_id=request_id, error=str(error))
                 if self._closing.is_set():

@@ -29,8 +29,8 @@ from training.core.records import (
     utcnow,
 )
 from training.core.sampling_data import target_layout, to_sample_request
-from training.core.task_manager import failed
 from training.core.threads import in_thread
+from training.core.unit_runner import failed
 from training.services.checkpoints import CheckpointService
 from training.services.hosts import Host, Hosts
 from training.services.promises import Promises

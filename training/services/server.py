@@ -8,21 +8,30 @@ import structlog
 
 from training.config import TrainingConfig
 from training.core.errors import TinkercloudError
-from training.core.records import FutureKind, ModelStatus, utcnow
-from training.core.task_manager import failed
+from training.core.records import FutureKind, utcnow
 from training.core.threads import in_thread
+from training.core.unit_runner import failed
 from training.services.auth import Authenticator
 from training.services.checkpoints import CheckpointService
 from training.services.hosts import Hosts, start_hosts
+from training.services.janitor import Janitor
+from training.services.keeper import ModelKeeper
+from training.services.loaded import LoadedModels
+from training.services.model_loading import ModelLoader
+from training.services.model_snapshots import ModelSnapshots
 from training.services.models import ModelService
 from training.services.operations import OperationDesk
 from training.services.promises import Promises
 from training.services.sampling import SamplingService
 from training.services.sessions import SessionService
-from training.services.training import TrainingService
+from training.services.training import (
+    TrainingService,
+    decode_forward_backward,
+    decode_optim_step,
+)
 from training.storage.database import Database
 from training.storage.files import CheckpointFiles
-from training.storage.repositories import checkpoints, futures, models, sampling_sessions
+from training.storage.repositories import checkpoints, futures, sampling_sessions
 
 log = structlog.get_logger(__name__)
 
@@ -48,6 +57,12 @@ class Server:
         self.database = Database(config.storage.resolved_database_url())
         self.files = CheckpointFiles(config.storage.checkpoint_dir)
         self.promises = Promises(self.database)
+        durability = config.durability
+        snapshot_files = CheckpointFiles(config.storage.resolved_snapshot_dir())
+        self._loaded = LoadedModels()
+        self.snapshots = ModelSnapshots(self.database, snapshot_files, durability.snapshots_kept)
+        self.keeper = ModelKeeper(self.database, self.promises, self._loaded, self.snapshots)
+        self.janitor = Janitor(self.database, self.promises, durability.results_kept_s)
         self.sessions = SessionService(self.database, config.session, self._session_ended)
         self._running = AsyncExitStack()
 
@@ -66,13 +81,27 @@ class Server:
         await self.database.start()
         on_close(self.database.close)
         await in_thread(self.files.prepare)
-        self.hosts = await start_hosts(
-            self.config, self.files, self.promises.settle, self._backend_died
-        )
+        await self.snapshots.prepare()
+        self.hosts = await start_hosts(self.config, self.files, self.keeper)
         on_close(self.hosts.close)
         self._running.callback(self.promises.close)
+        self._assemble()
+        on_close(self.sampling.close)
+        on_close(self.sessions.close)
+        await self.sessions.start()
+        on_close(self.checkpoints.close)
+        await self.checkpoints.start()
+        await self._recover()
+        on_close(self.janitor.close)
+        await self.janitor.start()
+
+    def _assemble(self) -> None:
+        """The services above the hosts."""
         desk = OperationDesk(self.promises)
-        self.models = ModelService(self.database, self.files, self.hosts, self.sessions, desk)
+        loader = ModelLoader(self.database, self.files, self.sessions, self._loaded, self.snapshots)
+        self.models = ModelService(
+            self.database, self.hosts, self.sessions, desk, self._loaded, loader, self.snapshots
+        )
         self.training = TrainingService(self.models, desk)
         self.checkpoints = CheckpointService(self.database, self.files, self.models, desk)
         self.sampling = SamplingService(
@@ -84,37 +113,46 @@ class Server:
             self.promises,
             self.config.scheduler,
         )
-        on_close(self.sampling.close)
-        on_close(self.sessions.close)
-        await self.sessions.start()
-        on_close(self.checkpoints.close)
-        await self.checkpoints.start()
-        await self._recover()
+        self.keeper.decoders = {
+            FutureKind.CREATE_MODEL: loader.decode_creation,
+            FutureKind.LOAD_WEIGHTS: loader.decode_load,
+            FutureKind.FORWARD: decode_forward_backward,
+            FutureKind.FORWARD_BACKWARD: decode_forward_backward,
+            FutureKind.OPTIM_STEP: decode_optim_step,
+            FutureKind.SAVE_WEIGHTS: self.checkpoints.decode_save,
+            FutureKind.SAVE_WEIGHTS_FOR_SAMPLER: self.checkpoints.decode_save_for_sampler,
+        }
+
+    def stop_waiting(self) -> None:
+        """The server is about to stop: long polls are answered now."""
+        self.promises.stop_waiting()
 
     async def close(self) -> None:
+        """Lets what runs end and saves the models that train, within ``durability.drain_s``."""
+        self.stop_waiting()
+        await self.hosts.drain(self.config.durability.drain_s)
         await self._running.aclose()
         log.info("server.closed")
 
     async def _recover(self) -> None:
-        """Tells the truth about what an earlier process left behind.
-
-        Sampling requests run again. Adapters lived in the engine's memory: their models are lost,
-        and the operations that waited for them fail.
-        """
-        for model in await self.database.read(
-            models.with_status, [ModelStatus.CREATING, ModelStatus.READY]
-        ):
-            await self.database.write(models.move, model.model_id, ModelStatus.LOST)
-            log.warning("model.lost", model_id=model.model_id, reason="server restarted")
-        error = (
-            "the server restarted before this operation was done, and the model's state was lost; "
-            "go on from its last checkpoint"
-        )
-        await self.database.write(futures.fail_pending, error, utcnow(), FutureKind.SAMPLE)
-        for stored in await self.database.read(futures.pending, FutureKind.SAMPLE):
-            self.promises.adopt(stored.future)
-            await self._resume_sample(stored)
+        """Goes on where an earlier process stopped, however it stopped."""
+        await self._finish_ended_sessions()
         await self._collect_garbage()
+        await self.database.write(
+            futures.fail_orphans, "its model had ended when the server started again", utcnow()
+        )
+        for future in await self.database.read(futures.unsettled):
+            self.promises.adopt(future)
+        await self.models.restore()
+        for stored in await self.database.read(futures.pending, FutureKind.SAMPLE):
+            await self._resume_sample(stored)
+
+    async def _finish_ended_sessions(self) -> None:
+        """Of those that ended in the moment in which the server did."""
+        for session_id in await self.database.read(futures.sessions_with_leftovers):
+            error = f"session {session_id} has ended"
+            await self.database.write(futures.fail_pending_of_session, session_id, error, utcnow())
+            await self.database.write(futures.drop_bytes, session_id)
 
     async def _resume_sample(self, stored: futures.Payload) -> None:
         try:
@@ -134,6 +172,3 @@ class Server:
         await self.models.unload_session(session_id, reason)
         await self.sampling.release_session(session_id)
         await self.database.write(futures.drop_bytes, session_id)
-
-    async def _backend_died(self, base_model: str, reason: str) -> None:
-        await self.models.lose_all(base_model, reason)

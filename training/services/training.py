@@ -8,9 +8,11 @@ from training.core.operations import OptimWork, RefusedWork, TrainWork, Work
 from training.core.records import FutureKind
 from training.core.threads import in_thread
 from training.core.training_data import to_train_op_data
-from training.services.models import LoadedModel, ModelService
+from training.services.loaded import LoadedModel
+from training.services.models import ModelService
 from training.services.operations import OperationDesk
 from training.services.results import PROTOBUF
+from training.wire.json_base import parse_json
 from training.wire.protobuf import TrainEnvelope, decode_data, open_forward_backward
 from training.wire.requests import OptimStepRequest
 
@@ -33,10 +35,7 @@ class TrainingService:
         loaded = await self._models.get_loaded(owner, envelope.model_id)
         kind = FutureKind.FORWARD if envelope.forward_only else FutureKind.FORWARD_BACKWARD
         incoming = self._desk.incoming(kind, loaded.model, envelope.seq_id, body, PROTOBUF)
-        if len(body) <= _INLINE_BYTES:
-            work = _train_work(envelope, loaded)
-        else:
-            work = await in_thread(_train_work, envelope, loaded)
+        work = await _decoded(envelope, loaded, len(body))
         return await self._desk.accept(incoming, loaded.host, work), envelope.model_id
 
     async def optim_step(self, owner: str, request: OptimStepRequest, payload: bytes) -> str:
@@ -44,13 +43,28 @@ class TrainingService:
         incoming = self._desk.incoming(
             FutureKind.OPTIM_STEP, loaded.model, request.seq_id, payload, "application/json"
         )
-        work: Work
-        try:
-            params = to_adam_params(request.params, loaded.model.optimizer)
-            work = OptimWork(loaded.held_slot, params)
-        except RequestError as error:
-            work = RefusedWork(error)
-        return await self._desk.accept(incoming, loaded.host, work)
+        return await self._desk.accept(incoming, loaded.host, _optim_work(request, loaded))
+
+
+async def decode_forward_backward(loaded: LoadedModel, seq: int, body: bytes) -> Work:
+    return await _decoded(open_forward_backward(body), loaded, len(body))
+
+
+async def decode_optim_step(loaded: LoadedModel, seq: int, body: bytes) -> Work:
+    return _optim_work(parse_json(OptimStepRequest, body), loaded)
+
+
+def _optim_work(request: OptimStepRequest, loaded: LoadedModel) -> Work:
+    try:
+        return OptimWork(loaded.held_slot, to_adam_params(request.params, loaded.model.optimizer))
+    except RequestError as error:
+        return RefusedWork(error)
+
+
+async def _decoded(envelope: TrainEnvelope, loaded: LoadedModel, num_bytes: int) -> Work:
+    if num_bytes <= _INLINE_BYTES:
+        return _train_work(envelope, loaded)
+    return await in_thread(_train_work, envelope, loaded)
 
 
 def _train_work(envelope: TrainEnvelope, loaded: LoadedModel) -> Work:

@@ -65,6 +65,7 @@ models = sa.Table(
     sa.Column("user_metadata", sa.JSON, nullable=False),
     sa.Column("loaded_from", sa.Text),
     sa.Column("corrupted", sa.Boolean, nullable=False),
+    sa.Column("fault", sa.Text),
     sa.UniqueConstraint("session_id", "model_seq_id"),
     sa.Index(None, "owner", "last_request_at"),
 )
@@ -85,6 +86,12 @@ futures = sa.Table(
     sa.Column("completion", sa.BigInteger),
     sa.Column("error", sa.Text),
     sa.Column("category", sa.String(20)),
+    # For bringing a model back: what the result was, what a failure did, who is to blame.
+    sa.Column("digest", sa.LargeBinary(32)),
+    sa.Column("effect", sa.String(20)),
+    sa.Column("num_tokens", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("deaths", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("delivered_at", UtcDateTime),
     sa.UniqueConstraint("scope", "seq"),
     # Few futures are pending at any time, however long the history grows.
     sa.Index(
@@ -95,6 +102,13 @@ futures = sa.Table(
     ),
     sa.Index("ix_futures_scope_completion", "scope", "completion"),
     sa.Index("ix_futures_session_id", "session_id"),
+    # Results that were fetched and still take room.
+    sa.Index(
+        "ix_futures_delivered_at",
+        "delivered_at",
+        sqlite_where=sa.text("delivered_at IS NOT NULL"),
+        postgresql_where=sa.text("delivered_at IS NOT NULL"),
+    ),
 )
 
 # Large bytes live beside the rows, so that scans of futures stay small.
@@ -112,6 +126,17 @@ results = sa.Table(
     sa.Column("request_id", sa.String(100), primary_key=True),
     sa.Column("content_type", sa.String(100), nullable=False),
     sa.Column("body", sa.LargeBinary, nullable=False),
+)
+
+snapshots = sa.Table(
+    "snapshots",
+    metadata,
+    sa.Column("model_id", sa.String(250), primary_key=True),
+    sa.Column("seq", sa.BigInteger, primary_key=True),
+    sa.Column("directory", sa.String(300), nullable=False),
+    sa.Column("with_optimizer", sa.Boolean, nullable=False),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    sa.Column("created_at", UtcDateTime, nullable=False),
 )
 
 sampling_sessions = sa.Table(

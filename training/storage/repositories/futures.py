@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple
 
@@ -9,15 +10,22 @@ import sqlalchemy as sa
 
 from training.core.errors import ErrorCategory
 from training.core.records import (
+    STATEFUL_KINDS,
     Future,
     FutureKind,
     FutureResult,
     FutureStatus,
+    ModelStatus,
     NewFuture,
+    SessionStatus,
+    StoredOperation,
+    WindowEffect,
 )
 from training.storage.repositories.rows import Row, every, first, insert_new
 from training.storage.tables import futures as table
-from training.storage.tables import payloads, results
+from training.storage.tables import models, payloads, results, sessions
+
+_MAX_PARAMETERS = 500
 
 
 class Stored(NamedTuple):
@@ -45,6 +53,7 @@ def insert(connection: sa.Connection, new: NewFuture, at: datetime) -> Stored:
         "model_id": new.model_id,
         "status": FutureStatus.PENDING,
         "created_at": at,
+        "num_tokens": new.num_tokens,
     }
     if not insert_new(connection, table, values):
         query = sa.select(table.c.request_id).where(
@@ -80,7 +89,7 @@ def result(connection: sa.Connection, request_id: str) -> FutureResult | None:
     if row["status"] == FutureStatus.DONE and row["body"] is None:
         return FutureResult(
             FutureStatus.FAILED,
-            error="this result was deleted when its session ended",
+            error="this result was deleted: it had been fetched, or its session has ended",
             category=ErrorCategory.USER,
         )
     return FutureResult(
@@ -95,30 +104,41 @@ def result(connection: sa.Connection, request_id: str) -> FutureResult | None:
 def finish(
     connection: sa.Connection, request_id: str, outcome: FutureResult, at: datetime
 ) -> int | None:
-    """Settles a pending promise, once. Returns its completion number, or None if it was settled."""
-    scope = sa.select(table.c.scope).where(table.c.request_id == request_id).scalar_subquery()
-    newest = sa.select(sa.func.max(table.c.completion)).where(table.c.scope == scope)
+    """Settles a pending promise, once. Returns its completion number, or None if it was settled.
+
+    The payload goes, unless the operation may have to be run again to bring its model back.
+    """
+    pending = table.c.request_id == request_id, table.c.status == FutureStatus.PENDING
+    row = first(connection, sa.select(table.c.scope, table.c.kind).where(*pending))
+    if row is None:
+        return None
+    newest = sa.select(sa.func.max(table.c.completion)).where(table.c.scope == row["scope"])
     completion = int(connection.execute(newest).scalar_one() or 0) + 1
+    is_done = outcome.status is FutureStatus.DONE
     statement = (
         sa.update(table)
-        .where(table.c.request_id == request_id, table.c.status == FutureStatus.PENDING)
+        .where(*pending)
         .values(
             status=outcome.status,
             finished_at=at,
             completion=completion,
             error=outcome.error or None,
-            category=outcome.category if outcome.status is not FutureStatus.DONE else None,
+            category=None if is_done else outcome.category,
+            effect=outcome.effect,
+            digest=outcome.digest() if is_done else None,
         )
     )
     if connection.execute(statement).rowcount != 1:
         return None
-    if outcome.status is FutureStatus.DONE:
+    if is_done:
         body = {
             "request_id": request_id,
             "content_type": outcome.content_type,
             "body": outcome.body,
         }
         connection.execute(sa.insert(results).values(**body))
+    if not (is_done and row["kind"] in STATEFUL_KINDS):
+        connection.execute(sa.delete(payloads).where(payloads.c.request_id == request_id))
     return completion
 
 
@@ -138,19 +158,33 @@ def pending(connection: sa.Connection, kind: FutureKind) -> list[Payload]:
     return found
 
 
-def fail_pending(connection: sa.Connection, error: str, at: datetime, but: FutureKind) -> int:
-    """Fails every unsettled promise except those of kind ``but``; returns how many."""
+def unsettled(connection: sa.Connection) -> list[Future]:
+    """Every unsettled promise, without its payload."""
+    query = _columns().where(table.c.status == FutureStatus.PENDING)
+    return [_future(row) for row in every(connection, query)]
+
+
+def fail_pending(
+    connection: sa.Connection, error: str, at: datetime, *where: sa.ColumnElement[bool]
+) -> int:
+    """Fails every unsettled promise of which ``where`` is true; returns how many."""
     statement = (
         sa.update(table)
-        .where(table.c.status == FutureStatus.PENDING, table.c.kind != but)
+        .where(table.c.status == FutureStatus.PENDING, *where)
         .values(
             status=FutureStatus.FAILED,
             error=error,
-            category=ErrorCategory.SERVER,
+            category=ErrorCategory.USER,
             finished_at=at,
         )
     )
     return connection.execute(statement).rowcount
+
+
+def fail_pending_of_session(
+    connection: sa.Connection, session_id: str, error: str, at: datetime
+) -> int:
+    return fail_pending(connection, error, at, table.c.session_id == session_id)
 
 
 def drop_bytes(connection: sa.Connection, session_id: str) -> None:
@@ -160,6 +194,141 @@ def drop_bytes(connection: sa.Connection, session_id: str) -> None:
     )
     for bytes_of in (payloads, results):
         connection.execute(sa.delete(bytes_of).where(bytes_of.c.request_id.in_(settled)))
+
+
+def fail_orphans(connection: sa.Connection, error: str, at: datetime) -> int:
+    """Operations whose model has ended, and samples whose request is gone: nobody else would ever
+    settle them."""
+    live = sa.select(models.c.model_id).where(
+        models.c.status.in_([ModelStatus.CREATING, ModelStatus.READY])
+    )
+    no_model = sa.and_(table.c.kind != FutureKind.SAMPLE, table.c.model_id.not_in(live))
+    known = sa.select(payloads.c.request_id)
+    no_request = sa.and_(table.c.kind == FutureKind.SAMPLE, table.c.request_id.not_in(known))
+    return fail_pending(connection, error, at, sa.or_(no_model, no_request))
+
+
+def sessions_with_leftovers(connection: sa.Connection) -> list[str]:
+    """Sessions that have ended and still have unsettled promises."""
+    query = (
+        sa.select(table.c.session_id)
+        .join(sessions, sessions.c.session_id == table.c.session_id)
+        .where(table.c.status == FutureStatus.PENDING, sessions.c.status != SessionStatus.ACTIVE)
+        .distinct()
+    )
+    return list(connection.execute(query).scalars())
+
+
+def operations_of_model(
+    connection: sa.Connection, model_id: str, after_seq: int, until: int | None
+) -> list[StoredOperation]:
+    """A model's operations with ``after_seq < seq < until`` (None: to the last), in order."""
+    where = [table.c.scope == model_scope(model_id), table.c.seq > after_seq]
+    if until is not None:
+        where.append(table.c.seq < until)
+    query = (
+        sa.select(
+            table.c.request_id,
+            table.c.kind,
+            table.c.seq,
+            table.c.num_tokens,
+            table.c.deaths,
+            table.c.digest,
+            table.c.status,
+            table.c.effect,
+            table.c.error,
+        )
+        .where(*where)
+        .order_by(table.c.seq)
+    )
+    return [_stored_operation(row) for row in every(connection, query)]
+
+
+def has_payloads(connection: sa.Connection, request_ids: Sequence[str]) -> bool:
+    """Whether every one of them still has its payload."""
+    found = 0
+    for start in range(0, len(request_ids), _MAX_PARAMETERS):
+        part = request_ids[start : start + _MAX_PARAMETERS]
+        query = sa.select(sa.func.count()).where(payloads.c.request_id.in_(part))
+        found += int(connection.execute(query).scalar_one())
+    return found == len(request_ids)
+
+
+def payload(connection: sa.Connection, request_id: str) -> bytes | None:
+    query = sa.select(payloads.c.body).where(payloads.c.request_id == request_id)
+    body = connection.execute(query).scalar_one_or_none()
+    return None if body is None else bytes(body)
+
+
+def pending_by_model(connection: sa.Connection) -> dict[str, int]:
+    """Per model with unsettled operations, how many there are."""
+    query = (
+        sa.select(table.c.model_id, sa.func.count())
+        .where(
+            table.c.status == FutureStatus.PENDING,
+            table.c.model_id.is_not(None),
+            table.c.kind != FutureKind.SAMPLE,
+        )
+        .group_by(table.c.model_id)
+    )
+    return {row[0]: int(row[1]) for row in connection.execute(query)}
+
+
+def has_pending_until(connection: sa.Connection, model_id: str, seq: int) -> bool:
+    query = sa.select(table.c.request_id).where(
+        table.c.scope == model_scope(model_id),
+        table.c.seq <= seq,
+        table.c.status == FutureStatus.PENDING,
+    )
+    return first(connection, query.limit(1)) is not None
+
+
+def drop_covered_payloads(
+    connection: sa.Connection, model_id: str, after_seq: int, until_seq: int
+) -> None:
+    """Deletes what no replay needs any more: payloads with ``after_seq < seq <= until_seq``."""
+    covered = sa.select(table.c.request_id).where(
+        table.c.scope == model_scope(model_id),
+        table.c.seq > after_seq,
+        table.c.seq <= until_seq,
+        table.c.status != FutureStatus.PENDING,
+    )
+    connection.execute(sa.delete(payloads).where(payloads.c.request_id.in_(covered)))
+
+
+def note_deaths(connection: sa.Connection, request_ids: Sequence[str]) -> None:
+    connection.execute(
+        sa.update(table)
+        .where(table.c.request_id.in_(request_ids))
+        .values(deaths=table.c.deaths + 1)
+    )
+
+
+def mark_delivered(connection: sa.Connection, request_ids: Sequence[str], at: datetime) -> None:
+    for start in range(0, len(request_ids), _MAX_PARAMETERS):
+        part = request_ids[start : start + _MAX_PARAMETERS]
+        connection.execute(
+            sa.update(table)
+            .where(table.c.request_id.in_(part), table.c.delivered_at.is_(None))
+            .values(delivered_at=at)
+        )
+
+
+def drop_delivered(connection: sa.Connection, before: datetime, limit: int) -> int:
+    """Deletes up to ``limit`` results that were fetched before that; returns how many."""
+    query = sa.select(table.c.request_id).where(table.c.delivered_at < before).limit(limit)
+    found = list(connection.execute(query).scalars())
+    if found:
+        connection.execute(sa.delete(results).where(results.c.request_id.in_(found)))
+        connection.execute(
+            sa.update(table).where(table.c.request_id.in_(found)).values(delivered_at=None)
+        )
+    return len(found)
+
+
+def model_scope(model_id: str) -> str:
+    """The scope that numbers a model's operations."""
+    return f"model:{model_id}"
 
 
 def completions(
@@ -194,6 +363,26 @@ def _columns(*more: sa.ColumnElement[object]) -> sa.Select[tuple[object, ...]]:
         table.c.finished_at,
         table.c.completion,
         *more,
+    )
+
+
+def _stored_operation(row: Row) -> StoredOperation:
+    kind, status = FutureKind(row["kind"]), FutureStatus(row["status"])
+    outcome = None
+    if status is not FutureStatus.PENDING:
+        effect = WindowEffect(row["effect"]) if row["effect"] else None
+        if effect is None and status is not FutureStatus.DONE:
+            # An older version did not say; a pass that failed left its window incomplete.
+            effect = WindowEffect.SPOILED if kind is FutureKind.FORWARD_BACKWARD else None
+        outcome = FutureResult(status, error=row["error"] or "", effect=effect)
+    return StoredOperation(
+        request_id=row["request_id"],
+        kind=kind,
+        seq=row["seq"],
+        num_tokens=row["num_tokens"],
+        deaths=row["deaths"],
+        outcome=outcome,
+        digest=None if row["digest"] is None else bytes(row["digest"]),
     )
 
 

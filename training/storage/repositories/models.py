@@ -8,7 +8,7 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
-from training.core.records import MODEL_TRANSITIONS, Model, ModelStatus
+from training.core.records import MODEL_TRANSITIONS, Model, ModelStatus, SessionStatus
 from training.storage.repositories.rows import (
     Row,
     count,
@@ -20,6 +20,7 @@ from training.storage.repositories.rows import (
     owned_page,
 )
 from training.storage.tables import models as table
+from training.storage.tables import sessions
 
 
 def insert(connection: sa.Connection, model: Model) -> bool:
@@ -41,6 +42,19 @@ def with_status(connection: sa.Connection, statuses: Iterable[ModelStatus]) -> l
     return [_model(row) for row in every(connection, query)]
 
 
+def left_over(connection: sa.Connection) -> list[Model]:
+    """Models of sessions that have ended which nobody has unloaded yet."""
+    query = (
+        sa.select(table)
+        .join(sessions, sessions.c.session_id == table.c.session_id)
+        .where(
+            sessions.c.status != SessionStatus.ACTIVE,
+            table.c.status.in_([ModelStatus.CREATING, ModelStatus.READY]),
+        )
+    )
+    return [_model(row) for row in every(connection, query)]
+
+
 def page(connection: sa.Connection, owner: str, limit: int, offset: int) -> list[Model]:
     rows = owned_page(connection, table, owner, table.c.last_request_at, limit, offset)
     return [_model(row) for row in rows]
@@ -50,15 +64,27 @@ def num_owned(connection: sa.Connection, owner: str) -> int:
     return count(connection, table, table.c.owner == owner)
 
 
-def move(connection: sa.Connection, model_id: str, to: ModelStatus) -> bool:
+def move(
+    connection: sa.Connection, model_id: str, to: ModelStatus, fault: str | None = None
+) -> bool:
     """Changes the status where the transition is allowed; tells whether it did."""
     sources = [source for source, targets in MODEL_TRANSITIONS.items() if to in targets]
+    values = {"status": to} if fault is None else {"status": to, "fault": fault}
     statement = (
         sa.update(table)
         .where(table.c.model_id == model_id, table.c.status.in_(sources))
-        .values(status=to)
+        .values(**values)
     )
     return connection.execute(statement).rowcount == 1
+
+
+def mark_corrupted(connection: sa.Connection, model_id: str, fault: str) -> None:
+    """The first fault is kept."""
+    connection.execute(
+        sa.update(table)
+        .where(table.c.model_id == model_id, table.c.corrupted.is_(False))
+        .values(corrupted=True, fault=fault)
+    )
 
 
 def touch(connection: sa.Connection, model_id: str, at: datetime) -> None:

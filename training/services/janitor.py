@@ -1,0 +1,61 @@
+"""Reclaims what nobody needs any more: results that were fetched a while ago."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+
+import structlog
+
+from training.core.errors import StorageError
+from training.core.records import utcnow
+from training.services.promises import Promises
+from training.storage.database import Database
+from training.storage.repositories import futures
+
+log = structlog.get_logger(__name__)
+
+_ROUND_S = 10.0
+_BATCH = 200
+"""Results deleted in one transaction: an accepted request must not wait for more."""
+
+
+class Janitor:
+    def __init__(self, database: Database, promises: Promises, results_kept_s: float) -> None:
+        self._database = database
+        self._promises = promises
+        self._kept = timedelta(seconds=results_kept_s)
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="janitor")
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        try:
+            await self._note_delivered()
+        except StorageError as error:
+            # Such results stay until they are fetched again, or their session ends.
+            log.warning("janitor.deliveries_not_stored", error=str(error))
+
+    async def tidy(self) -> None:
+        """One round."""
+        await self._note_delivered()
+        before = utcnow() - self._kept
+        while await self._database.write(futures.drop_delivered, before, _BATCH) == _BATCH:
+            pass
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(_ROUND_S)
+            try:
+                await self.tidy()
+            except Exception:
+                # The border of the job: a full disk now must not stop it for good.
+                log.exception("janitor.failed")
+
+    async def _note_delivered(self) -> None:
+        if delivered := self._promises.take_delivered():
+            await self._database.write(futures.mark_delivered, delivered, utcnow())

@@ -1,0 +1,156 @@
+"""Keeps models: stores what came of their operations, and brings them back after a crash.
+
+State of a model = newest good snapshot + the operations accepted since, run again in their order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+
+import structlog
+
+from training.core.errors import Gone, RequestError, StorageError, TinkercloudError, UserError
+from training.core.keeper import FinishSnapshot, Revival
+from training.core.operations import Operation, Outcome, RefusedWork, StoredWork, Work
+from training.core.records import FutureKind, ModelStatus, StoredOperation
+from training.core.unit_runner import failed
+from training.services.loaded import Decoders, LoadedModel, LoadedModels
+from training.services.model_snapshots import ModelSnapshots
+from training.services.promises import Promises
+from training.storage.database import Database
+from training.storage.repositories import futures, models
+
+log = structlog.get_logger(__name__)
+
+
+class ModelKeeper:
+    """``core.keeper.Keeper`` over the database. ``decoders`` are set once all services are made."""
+
+    decoders: Decoders
+
+    def __init__(
+        self,
+        database: Database,
+        promises: Promises,
+        loaded: LoadedModels,
+        snapshots: ModelSnapshots,
+    ) -> None:
+        self._database = database
+        self._promises = promises
+        self._loaded = loaded
+        self._snapshots = snapshots
+
+    async def settle(self, operation: Operation, outcome: Outcome) -> None:
+        await self._promises.settle_outcome(operation.request_id, outcome)
+
+    async def snapshot(self, model_id: str, seq: int) -> FinishSnapshot:
+        return await self._snapshots.capture(self._get(model_id), seq)
+
+    async def note_deaths(self, operations: Sequence[Operation]) -> None:
+        ids = [operation.request_id for operation in operations]
+        try:
+            await self._database.write(futures.note_deaths, ids)
+        except StorageError as error:
+            # This process remembers them too; only the next one would have to learn it again.
+            log.error("operation.deaths_not_stored", error=str(error))
+
+    async def mark_corrupted(self, operation: Operation) -> None:
+        fault = (
+            f"operation {operation.seq} ({operation.kind.value}) came to another result when it "
+            "was run again after a crash"
+        )
+        await self._database.write(models.mark_corrupted, operation.model_id, fault)
+
+    # ----------------------------------------------------------------- bringing back
+
+    async def revive(self, model_id: str, until: int | None) -> Revival:
+        loaded = self._get(model_id)
+        stored = await self._database.read(futures.operations_of_model, model_id, -1, until)
+        for snapshot in await self._snapshots.of_model(model_id):
+            after = [item for item in stored if item.seq > snapshot.seq]
+            if not await self._can_replay(after):
+                break  # an older snapshot needs still more
+            directory = await self._snapshots.verified(snapshot)
+            if directory is None:
+                continue
+            slot, backend = loaded.held_slot(), loaded.host.backend
+            try:
+                await backend.load_slot(slot, loaded.model.lora, directory, snapshot.with_optimizer)
+            except UserError as error:
+                log.error("snapshot.damaged", model_id=model_id, error=str(error))
+                continue
+            generation = backend.health().generation
+            return Revival(snapshot.seq + 1, self._operations(loaded, after), generation)
+        if not await self._can_replay(stored):
+            raise StorageError(
+                f"model {model_id} was lost: no snapshot of it can be read any more; go on from "
+                "its last checkpoint with create_training_client_from_state_with_optimizer"
+            )
+        return Revival(0, self._operations(loaded, stored), None)
+
+    async def _can_replay(self, stored: Sequence[StoredOperation]) -> bool:
+        """Whether the payloads are there that a replay needs. A creation needs none: what it asked
+        for is part of the model."""
+        needed = [
+            item.request_id
+            for item in stored
+            if item.is_replayed and item.kind is not FutureKind.CREATE_MODEL
+        ]
+        return await self._database.read(futures.has_payloads, needed)
+
+    def _operations(
+        self, loaded: LoadedModel, stored: Sequence[StoredOperation]
+    ) -> list[Operation]:
+        return [
+            Operation(
+                request_id=item.request_id,
+                model_id=loaded.model.model_id,
+                seq=item.seq,
+                kind=item.kind,
+                work=StoredWork(self._loader(loaded, item), item.num_tokens),
+                arrived_s=time.monotonic(),
+                owner=loaded.model.owner,
+                stored=item,
+                deaths=item.deaths,
+            )
+            for item in stored
+        ]
+
+    def _loader(self, loaded: LoadedModel, item: StoredOperation) -> Callable[[], Awaitable[Work]]:
+        async def load() -> Work:
+            body = await self._database.read(futures.payload, item.request_id)
+            if body is None and item.kind is not FutureKind.CREATE_MODEL:
+                return RefusedWork(StorageError("the request's bytes are gone"))
+            try:
+                return await self.decoders[item.kind](loaded, item.seq, body or b"")
+            except RequestError as error:
+                return RefusedWork(error)
+
+        return load
+
+    async def give_up(self, model_id: str, error: TinkercloudError) -> None:
+        """Ends what waits for the model, here and in the database, with ``error``."""
+        loaded = self._loaded.get(model_id)
+        if loaded is None:
+            return
+        log.error("model.lost", model_id=model_id, error=str(error))
+        try:
+            await self._database.write(models.move, model_id, ModelStatus.LOST, str(error))
+        except StorageError as failure:
+            # The next start finds out once more.
+            log.error("model.status_not_stored", model_id=model_id, error=str(failure))
+        self._loaded.remove(model_id)
+        loaded.host.tasks.close_model(model_id, error)
+        await loaded.host.tasks.released(model_id)
+        for item in await self._database.read(futures.operations_of_model, model_id, -1, None):
+            if item.outcome is None:
+                await self._promises.settle(item.request_id, failed(error))
+        await loaded.host.release(loaded.slot)
+        loaded.slot = None
+
+    def _get(self, model_id: str) -> LoadedModel:
+        loaded = self._loaded.get(model_id)
+        if loaded is None:
+            raise Gone(f"model {model_id} has ended")
+        return loaded
