@@ -49,12 +49,19 @@ def serve(
                 seed(served.name, directory)
         from training.api import create_app
 
-        run(create_app(config), listener, lambda: banner(config, listener.getsockname()[1]))
+        app = create_app(config)
+        port = listener.getsockname()[1]
+        run(app, listener, lambda: banner(config, port), lambda: app.state.server.stop_waiting())
 
 
-def run(app: Callable[..., Any], listener: socket.socket, on_started: Callable[[], None]) -> None:
+def run(
+    app: Callable[..., Any],
+    listener: socket.socket,
+    on_started: Callable[[], None],
+    on_stopping: Callable[[], None],
+) -> None:
     """Serves an ASGI application until SIGINT or SIGTERM, then finishes running requests and exits
-    with 0."""
+    with 0. ``on_stopping`` runs before that: whoever waits for long is to be answered."""
     server = _Server(
         uvicorn.Config(
             app,
@@ -68,6 +75,7 @@ def run(app: Callable[..., Any], listener: socket.socket, on_started: Callable[[
             timeout_graceful_shutdown=SHUTDOWN_S,
         ),
         on_started,
+        on_stopping,
     )
     # uvicorn raises the signal again after its shutdown; these turn that into a plain exit.
     for signal_number in (signal.SIGINT, signal.SIGTERM):
@@ -78,14 +86,24 @@ def run(app: Callable[..., Any], listener: socket.socket, on_started: Callable[[
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        on_started: Callable[[], None],
+        on_stopping: Callable[[], None],
+    ) -> None:
         super().__init__(config)
         self._on_started = on_started
+        self._on_stopping = on_stopping
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._on_started()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._on_stopping()
+        await super().shutdown(sockets)
 
 
 def _exit(_signal_number: int, _frame: FrameType | None) -> None:
