@@ -116,7 +116,9 @@ class EngineConfig(_Section):
     sampling_share: float = Field(0.5, gt=0, lt=1)
     """Share of engine time given to sampling while training wants to run too."""
     max_restarts: int = Field(5, ge=0)
-    """Engine restarts within ten minutes before the backend is given up."""
+    """Restarts in a row that came to nothing before health calls the engine failing; it is
+    restarted all the same, after 0.1 s, then 0.5 s, doubling to 30 s. One came to nothing where the
+    model could not be loaded or the engine died before it had finished any work."""
 
 
 class SchedulerConfig(_Section):

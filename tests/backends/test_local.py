@@ -13,7 +13,6 @@ import resource
 import shutil
 import signal
 import sys
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import ParamSpec
@@ -27,11 +26,11 @@ from tests.backends.harness import datum, op, request, spec, unit
 from tests.backends.steps import written
 from tests.backends.test_conformance_saving import slow_disk
 from tests.backends.tiny import CONTEXT_LENGTH, VOCAB_SIZE
-from training.backends.base import AdamParams, TrainUnit
+from training.backends.base import AdamParams, BackendState, TrainUnit
 from training.backends.child import child_environment
-from training.backends.local import RESTART_WINDOW_S, LocalBackend, restart_delay
+from training.backends.local import LocalBackend, restart_delay
 from training.config import EngineConfig, ModelConfig, TrainingConfig
-from training.core.errors import BackendDead, ConfigError, StorageError, UserError
+from training.core.errors import BackendDead, ConfigError, DeathCause, StorageError, UserError
 
 PROMPT = (5, 6, 7)
 Given = ParamSpec("Given")
@@ -138,42 +137,96 @@ async def test_a_killed_engine_comes_back_without_slots_and_with_snapshots(
 
 
 @on_uvloop
-async def test_an_engine_over_its_restarts_is_given_up(tiny_llama: Path) -> None:
+async def test_an_engine_is_restarted_however_often_it_dies(tiny_llama: Path) -> None:
+    """Calls that were running fail, those that come meanwhile wait."""
     async with running(tiny_llama, local_config(max_restarts=0)) as backend:
-        long = request(PROMPT, max_tokens=400, num_samples=64)
-        waiting = asyncio.create_task(backend.sample(long))
-        await asyncio.sleep(0)
-        kill_engine(backend)
-        with pytest.raises(BackendDead):
-            await waiting
-        with pytest.raises(BackendDead, match="too often"):
+        for num_deaths in range(1, 4):
             await backend.load_slot(0, spec())
-        assert not backend.health().alive
-        assert "too often" in backend.health().detail
+            await backend.forward(unit(op(0, datum(VOCAB_SIZE, 5, 0))))
+            long = asyncio.create_task(backend.forward_backward(long_unit()))
+            await asyncio.sleep(0)
+            kill_engine(backend)
+            with pytest.raises(BackendDead) as death:
+                await long
+            assert death.value.cause is DeathCause.KILLED
+            assert await backend.sample(request(PROMPT))
+            health = backend.health()
+            assert (health.state, health.alive) == (BackendState.RUNNING, True)
+            assert (health.generation, health.num_restarts) == (num_deaths + 1, num_deaths)
 
 
 @on_uvloop
-async def test_an_engine_that_cannot_load_again_is_given_up(
-    tiny_llama: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(tiny_llama, tmp_path / "model")
-    async with running(tmp_path / "model") as backend:
-        (tmp_path / "model" / "model.safetensors").unlink()
+async def test_a_model_that_is_gone_is_waited_for(tiny_llama: Path, tmp_path: Path) -> None:
+    """Health says that the engine is failing, and why; nothing has to be done but to bring it
+    back."""
+    model, weights = tmp_path / "model", tmp_path / "model" / "model.safetensors"
+    shutil.copytree(tiny_llama, model)
+    async with running(model, local_config(max_restarts=2)) as backend:
+        assert backend.health().state is BackendState.RUNNING
+        weights.rename(tmp_path / "elsewhere")
         kill_engine(backend)
         with pytest.raises(BackendDead):
             await backend.sample(request(PROMPT))
-        with pytest.raises(BackendDead):
+        waiting = asyncio.create_task(backend.load_slot(0, spec()))
+        seen = set()
+        while (health := backend.health()).state is not BackendState.FAILING:
+            assert not health.alive
+            seen.add(health.state)
+            await asyncio.sleep(0.02)
+        assert seen <= {BackendState.RUNNING, BackendState.RESTARTING}
+        assert health.generation == 1
+        assert health.num_restarts >= 2
+        assert "has no model.safetensors" in health.detail
+        assert not waiting.done()
+        (tmp_path / "elsewhere").rename(weights)
+        await waiting
+        assert backend.health().state is BackendState.RUNNING
+        assert backend.health().since > health.since
+        assert backend.health().generation == 2
+
+
+@on_uvloop
+async def test_only_finished_work_makes_the_next_restart_quick_again(tiny_llama: Path) -> None:
+    async with running(tiny_llama, local_config(max_restarts=2)) as backend:
+        states = []
+        for _ in range(3):  # each loads and dies; the first engine was no restart
             await backend.load_slot(0, spec())
-        assert not backend.health().alive
-        assert backend.health().generation == 1
+            states.append(await state_after_a_kill(backend))
+        failing = BackendState.FAILING
+        assert states == [BackendState.RESTARTING, BackendState.RESTARTING, failing]
+        await backend.sample(request(PROMPT))
+        assert await state_after_a_kill(backend) is BackendState.RESTARTING
+        assert backend.health().num_restarts == 3
 
 
-def test_restarts_wait_longer_each_time_and_are_counted_in_a_window() -> None:
-    delays = [restart_delay(deque([1000.0] * count), 1001.0, 10) for count in range(8)]
-    assert delays == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
-    assert restart_delay(deque([1000.0] * 3), 1001.0, 3) is None
-    assert restart_delay(deque([1000.0] * 3), 1001.0 + RESTART_WINDOW_S, 3) == 0.5
-    assert restart_delay(deque(), 0.0, 0) is None
+async def state_after_a_kill(backend: LocalBackend) -> BackendState:
+    kill_engine(backend)
+    while (state := backend.health().state) is BackendState.RUNNING:  # noqa: ASYNC110
+        await asyncio.sleep(0.005)
+    return state
+
+
+def test_restarts_wait_longer_while_they_come_to_nothing() -> None:
+    delays = [restart_delay(num) for num in range(10)]
+    assert delays == [0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
+    assert restart_delay(100_000) == 30.0
+
+
+@on_uvloop
+async def test_an_engine_that_breaks_says_what_broke(tiny_llama: Path) -> None:
+    """A signal but SIGKILL is a crash, and was not asked for by anybody."""
+    async with running(tiny_llama) as backend:
+        await backend.load_slot(0, spec())
+        work = asyncio.create_task(backend.forward_backward(long_unit()))
+        await asyncio.sleep(0)
+        assert backend.engine_pid is not None
+        os.kill(backend.engine_pid, signal.SIGABRT)
+        with pytest.raises(BackendDead, match="signal 6") as death:
+            await work
+        assert death.value.cause is DeathCause.CRASHED
+        with pytest.raises(BackendDead, match="load it again") as after:
+            await backend.optim_step({0: AdamParams()})
+        assert after.value.cause is DeathCause.LOST  # that call was never run
 
 
 # --------------------------------------------------------------------------- saving
@@ -238,8 +291,10 @@ async def test_close_leaves_no_process(tiny_llama: Path) -> None:
         await backend.close()
         assert not is_running(pid)
         assert not backend.health().alive
-        with pytest.raises(BackendDead, match="closed"):
+        assert backend.health().state is BackendState.STOPPED
+        with pytest.raises(BackendDead, match="closed") as refused:
             await backend.sample(request(PROMPT))
+        assert refused.value.cause is DeathCause.CLOSED
 
 
 @on_uvloop

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -129,12 +130,30 @@ class Capabilities:
     max_topk: int = 20
 
 
+class BackendState(StrEnum):
+    """Only ``RUNNING`` takes calls; in the others but ``STOPPED`` they wait."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    RESTARTING = "restarting"
+    FAILING = "failing"
+    """Restarted so often in vain that somebody should look; restarts go on."""
+    STOPPED = "stopped"
+
+
 @dataclass(frozen=True)
 class Health:
-    """``generation`` counts starts: state of an older generation is gone."""
+    """``generation`` counts starts: state of an older generation is gone.
+
+    ``detail`` says why it is not running. ``num_restarts`` counts those that were tried, in vain or
+    not. ``since``: when it came into this state, UTC.
+    """
 
     alive: bool
     generation: int
+    state: BackendState
+    since: datetime
+    num_restarts: int = 0
     detail: str = ""
 
 

@@ -18,8 +18,9 @@ import structlog
 
 from training.backends import ipc
 from training.backends.base import Capabilities, Saving
+from training.backends.death import Death, count_oom_kills, death_of
 from training.config import EngineConfig
-from training.core.errors import BackendDead, ConfigError
+from training.core.errors import BackendDead, ConfigError, DeathCause
 
 _log = structlog.get_logger(__name__)
 
@@ -74,11 +75,18 @@ class EngineChild:
         self._last_lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._tasks: list[asyncio.Task[None]] = []
         self._sender: asyncio.Task[None] | None = None
+        self._oom_kills = count_oom_kills()
         self._stopping = False
+        self._broken = False
+        """It lived, but of no use any more, so that we killed it."""
+        self.has_worked = False
+        """Whether it has finished any work, which loading and publishing are not."""
         self.ended = asyncio.Event()
         """Set once the process is gone and every call has been answered."""
         self.detail = ""
         """How it ended."""
+        self.cause = DeathCause.CLOSED
+        """Of its end, once it has ended."""
 
     async def start(self) -> Capabilities:
         """Returns when the model is loaded.
@@ -112,7 +120,7 @@ class EngineChild:
         await self.close(10.0)
         if isinstance(answer, ipc.StartFailed):
             raise ConfigError(answer.message)
-        raise BackendDead(self.detail)
+        raise self._dead()
 
     async def _spawn(self, fd: int) -> asyncio.subprocess.Process:
         spawning = asyncio.create_task(
@@ -160,15 +168,19 @@ class EngineChild:
         return self._num_calls
 
     async def _ask(self, call_id: int, command: ipc.Command) -> object:
-        if self.ended.is_set() or self._stopping:
-            raise BackendDead(self.detail or "the engine process is being stopped")
+        if self.ended.is_set():
+            raise BackendDead(self.detail, DeathCause.LOST)
+        if self._stopping:
+            raise BackendDead("the engine process is being stopped", DeathCause.CLOSED)
         answer = asyncio.get_running_loop().create_future()
         self._calls[call_id] = answer
         self._outgoing.put_nowait(ipc.Call(call_id, command))
         try:
-            return await answer
+            value = await answer
         finally:
             self._calls.pop(call_id, None)
+        self.has_worked = self.has_worked or isinstance(command, ipc.WORK)
+        return value
 
     def post(self, command: ipc.Command) -> None:
         """Sends a command whose answer nobody waits for."""
@@ -208,7 +220,7 @@ class EngineChild:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), 1.0)
             if self._process.returncode is None:
-                self._process.kill()
+                self._kill_broken()
         try:
             await self._process.wait()
             await output
@@ -239,7 +251,11 @@ class EngineChild:
         except Exception:
             # A frame that cannot be sent leaves its caller waiting on a live child: start over.
             _log.exception("engine.send_failed", pid=self._process.pid)
-            self._process.kill()
+            self._kill_broken()
+
+    def _kill_broken(self) -> None:
+        self._broken = True
+        self._process.kill()
 
     async def _forward_output(self) -> None:
         assert self._process.stdout is not None
@@ -261,16 +277,26 @@ class EngineChild:
     def _end(self) -> None:
         if self.ended.is_set():
             return
-        code = self._process.returncode
-        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-        self.detail = f"the engine process {self._process.pid} has ended ({how})"
+        death = self._death()
+        self.cause = death.cause
+        self.detail = f"the engine process {self._process.pid} has ended ({death.detail})"
         for answer in self._calls.values():
-            _settle(answer, None, BackendDead(self.detail))
+            _settle(answer, None, self._dead())
         for writing in self._writings.values():
-            _settle(writing, None, BackendDead(self.detail))
+            _settle(writing, None, self._dead())
         self._writings.clear()
         self._socket.close()
         self.ended.set()
+
+    def _death(self) -> Death:
+        if self._stopping:
+            return Death(DeathCause.CLOSED, "it was stopped")
+        if self._broken:
+            return Death(DeathCause.CRASHED, "it did not answer as it should")
+        return death_of(self._process.returncode, self._oom_kills, count_oom_kills())
+
+    def _dead(self) -> BackendDead:
+        return BackendDead(self.detail, self.cause)
 
     def last_lines(self) -> str:
         return "\n".join(self._last_lines)

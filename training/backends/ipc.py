@@ -134,6 +134,8 @@ TrainingCommand = (
     | ExportAdapter
 )
 SamplingCommand = Publish | Retire | Sample | Cancel
+WORK = ForwardBackward | Forward | OptimStep | SaveState | ExportAdapter | Sample
+"""Commands for whose results an engine is there."""
 Command = TrainingCommand | SamplingCommand | Stop
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -18,6 +17,7 @@ import structlog
 from training.backends import ipc
 from training.backends.base import (
     AdamParams,
+    BackendState,
     Capabilities,
     Health,
     LoraSpec,
@@ -30,30 +30,28 @@ from training.backends.base import (
 )
 from training.backends.child import EngineChild
 from training.config import ModelConfig, TrainingConfig
-from training.core.errors import BackendDead, ConfigError, TinkercloudError
+from training.core.errors import BackendDead, DeathCause, TinkercloudError
+from training.core.records import utcnow
 from training.models.registry import resolve_model_path
 
-RESTART_WINDOW_S = 600.0
-FIRST_BACKOFF_S = 0.5
+FIRST_RESTART_S = 0.1
+SHORTEST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 30.0
 CLOSE_GRACE_S = 10.0
 
 _log = structlog.get_logger(__name__)
 
 
-def restart_delay(restarts_at: deque[float], now: float, max_restarts: int) -> float | None:
-    """Seconds to wait before the next restart, doubling with each one in the window.
-
-    ``restarts_at`` are the times of earlier ones; None: there were too many.
-    """
-    recent = sum(now - at < RESTART_WINDOW_S for at in restarts_at)
-    if recent >= max_restarts:
-        return None
-    return min(FIRST_BACKOFF_S * 2.0**recent, LONGEST_BACKOFF_S)
+def restart_delay(num_fruitless: int) -> float:
+    """Seconds until the next restart, after so many in a row that came to nothing."""
+    if num_fruitless == 0:
+        return FIRST_RESTART_S
+    # 2.0**1024 would overflow.
+    return min(SHORTEST_BACKOFF_S * 2.0 ** min(num_fruitless - 1, 10), LONGEST_BACKOFF_S)
 
 
 class LocalBackend:
-    """Calls wait while the engine restarts, and raise ``BackendDead`` when it is given up.
+    """The engine is restarted for as long as the backend is not closed; calls wait for it.
 
     A call for a slot that a dead engine held raises ``BackendDead`` until the slot is loaded again,
     so that no operation meets an engine that has forgotten its adapter.
@@ -66,26 +64,34 @@ class LocalBackend:
         self._capabilities: Capabilities | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._changed = asyncio.Condition()
-        self._ended: str | None = None
-        """Why there will be no engine any more."""
+        self._state = BackendState.STOPPED
+        self._since = utcnow()
         self._detail = "not started"
+        self._closed = False
         self._generation = 0
-        self._restarts_at: deque[float] = deque()
+        self._num_restarts = 0
+        self._num_fruitless = 0
+        """Restarts in a row whose engine could not load, or died before it had finished any work:
+        only then is it of use to wait longer before the next one."""
         self._slots: set[int] = set()
         self._lost_slots: set[int] = set()
         self._snapshots: dict[str, Path] = {}
 
     async def start(self) -> None:
         """Returns with the model loaded. Raises ``ConfigError`` where it cannot be."""
-        child = await self._spawn()
-        if self._ended is not None:  # closed while it was loading
-            await child.close(0.0)
-            raise BackendDead(self._ended)
-        await self._adopt(child)
+        self._enter(BackendState.STARTING)
+        try:
+            await self._bring_up()
+        except Exception as error:
+            self._enter(BackendState.STOPPED, str(error))
+            raise
         self._supervisor = asyncio.create_task(self._supervise())
 
     async def close(self) -> None:
-        await self._give_up("the backend is closed")
+        async with self._changed:
+            self._closed = True
+            self._enter(BackendState.STOPPED, "the backend is closed")
+            self._changed.notify_all()
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
@@ -95,14 +101,26 @@ class LocalBackend:
 
     def capabilities(self) -> Capabilities:
         if self._capabilities is None:
-            raise BackendDead("the backend has not been started")
+            raise BackendDead("the backend has not been started", DeathCause.CLOSED)
         return self._capabilities
 
     def health(self) -> Health:
-        return Health(self._is_live(), self._generation, self._detail)
+        return Health(
+            alive=self._is_live(),
+            generation=self._generation,
+            state=self._state,
+            since=self._since,
+            num_restarts=self._num_restarts,
+            detail=self._detail,
+        )
 
     def _is_live(self) -> bool:
         return self._child is not None and not self._child.ended.is_set()
+
+    def _enter(self, state: BackendState, detail: str = "") -> None:
+        if state is not self._state:
+            self._since = utcnow()
+        self._state, self._detail = state, detail
 
     @property
     def engine_pid(self) -> int | None:
@@ -110,6 +128,14 @@ class LocalBackend:
         return self._child.pid if self._child is not None else None
 
     # ----------------------------------------------------------------- supervision
+
+    async def _bring_up(self) -> None:
+        child = await self._spawn()
+        try:
+            await self._adopt(child)
+        except BaseException:
+            await child.close(0.0)
+            raise
 
     async def _spawn(self) -> EngineChild:
         path = await asyncio.to_thread(resolve_model_path, self._model, self._config)
@@ -123,7 +149,8 @@ class LocalBackend:
         try:
             self._capabilities = await child.start()
         except BackendDead as error:
-            raise BackendDead(f"{error} while loading:\n{child.last_lines()}") from error
+            message = f"{error} while loading:\n{child.last_lines()}"
+            raise BackendDead(message, error.cause) from error
         _log.info(
             "engine.started",
             model=self._model.name,
@@ -143,58 +170,55 @@ class LocalBackend:
                 _log.warning("engine.snapshot_lost", snapshot=snapshot_id, error=str(error))
                 self._snapshots.pop(snapshot_id, None)
         async with self._changed:
+            if self._closed:  # while it was loading
+                raise _closed()
             self._child = child
             self._generation += 1
-            self._detail = ""
+            self._enter(BackendState.RUNNING)
             self._changed.notify_all()
 
     async def _supervise(self) -> None:
-        try:
-            await self._watch()
-        except Exception as error:
-            # The border of the job: with nobody watching, every call would wait for ever.
-            _log.exception("engine.supervisor_failed", model=self._model.name)
-            await self._give_up(f"the engine's supervisor failed: {type(error).__name__}")
+        """Until ``close``: whatever happens, another engine is tried."""
+        while True:
+            try:
+                if self._child is not None:
+                    await self._attend(self._child)
+                await self._restart()
+            except (TinkercloudError, OSError) as error:
+                self._num_fruitless += 1
+                self._go_down(str(error))
+                _log.error("engine.restart_failed", model=self._model.name, error=str(error))
+            except Exception as error:
+                # The border of the job: with nobody watching, every call would wait for ever.
+                self._num_fruitless += 1
+                self._go_down(f"{type(error).__name__}: {error}")
+                _log.exception("engine.supervisor_failed", model=self._model.name)
 
-    async def _watch(self) -> None:
-        while self._child is not None:
-            child = self._child
-            await child.ended.wait()
-            _log.error("engine.died", model=self._model.name, detail=child.detail)
-            async with self._changed:
-                self._child = None
-                self._detail = child.detail
-                self._lost_slots |= self._slots
-                self._slots = set()
-            await self._restart()
+    async def _attend(self, child: EngineChild) -> None:
+        """To its end."""
+        await child.ended.wait()
+        _log.error(
+            "engine.died", model=self._model.name, cause=str(child.cause), detail=child.detail
+        )
+        self._child = None
+        self._lost_slots |= self._slots
+        self._slots = set()
+        if child.has_worked:
+            self._num_fruitless = 0
+        elif self._generation > 1:
+            self._num_fruitless += 1
+        self._go_down(child.detail)
+
+    def _go_down(self, detail: str) -> None:
+        failing = self._num_fruitless >= self._config.engine.max_restarts
+        state = BackendState.FAILING if failing else BackendState.RESTARTING
+        self._enter(state, f"{detail}; it is being restarted")
 
     async def _restart(self) -> None:
-        """Tries until an engine is adopted or none will be."""
-        while self._child is None:
-            delay_s = restart_delay(
-                self._restarts_at, time.monotonic(), self._config.engine.max_restarts
-            )
-            if delay_s is None:
-                await self._give_up(f"{self._detail}; it was restarted too often")
-                return
-            await asyncio.sleep(delay_s)
-            self._restarts_at.append(time.monotonic())
-            try:
-                child = await self._spawn()
-            except ConfigError as error:
-                await self._give_up(str(error))
-                return
-            except (BackendDead, OSError) as error:
-                _log.error("engine.restart_failed", model=self._model.name, error=str(error))
-                self._detail = str(error)
-                continue
-            await self._adopt(child)
-
-    async def _give_up(self, reason: str) -> None:
-        async with self._changed:
-            if self._ended is None:
-                self._ended = self._detail = reason
-            self._changed.notify_all()
+        """One try, after its delay."""
+        await asyncio.sleep(restart_delay(self._num_fruitless))
+        self._num_restarts += 1
+        await self._bring_up()
 
     def _on_line(self, pid: int, line: str) -> None:
         _log.info("engine.output", model=self._model.name, pid=pid, line=line)
@@ -204,9 +228,9 @@ class LocalBackend:
     async def _live(self) -> EngineChild:
         """The engine that takes calls; waits for a restart. Raises ``BackendDead``."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._is_live() or self._ended is not None)
-        if self._child is None or self._ended is not None:
-            raise BackendDead(self._ended or self._detail)
+            await self._changed.wait_for(lambda: self._is_live() or self._closed)
+        if self._child is None or self._closed:
+            raise _closed()
         return self._child
 
     async def _call(self, command: ipc.TrainingCommand, *slots: int) -> object:
@@ -217,7 +241,8 @@ class LocalBackend:
     async def _live_with(self, *slots: int) -> EngineChild:
         child = await self._live()
         if lost := sorted(self._lost_slots.intersection(slots)):
-            raise BackendDead(f"slot {lost[0]} went with an engine that died; load it again")
+            message = f"slot {lost[0]} went with an engine that died; load it again"
+            raise BackendDead(message, DeathCause.LOST)
         return child
 
     async def load_slot(
@@ -230,7 +255,7 @@ class LocalBackend:
         child = await self._live()
         await child.call(ipc.LoadSlot(slot, spec, state_dir, with_optimizer))
         if child is not self._child:
-            raise BackendDead(child.detail)
+            raise BackendDead(child.detail, DeathCause.LOST)
         self._slots.add(slot)
         self._lost_slots.discard(slot)
 
@@ -268,7 +293,8 @@ class LocalBackend:
         await child.call(ipc.Publish(snapshot_id, directory))
         self._snapshots[snapshot_id] = directory
         if child is not self._child:
-            raise BackendDead(child.detail)  # its successor may have started without this one
+            # Its successor may have started without this one.
+            raise BackendDead(child.detail, DeathCause.LOST)
 
     async def retire(self, snapshot_id: str) -> None:
         self._snapshots.pop(snapshot_id, None)
@@ -286,3 +312,7 @@ class LocalBackend:
     async def cancel(self, request_id: str) -> None:
         if self._child is not None:
             await self._child.call(ipc.Cancel(request_id))
+
+
+def _closed() -> BackendDead:
+    return BackendDead("the backend is closed", DeathCause.CLOSED)

@@ -12,7 +12,7 @@
     ├── BackendError              the computation did not happen
     │   ├── UserError             this operation is wrong; its model survives
     │   ├── UnitError             this unit failed; it left no gradient behind
-    │   └── BackendDead           the backend's process is gone
+    │   └── BackendDead           the backend's process is gone; carries the cause
     ├── StorageError              database or disk (full, read-only, damaged)
     │   └── DamagedFile           a checksum does not match
     └── ConfigError               the configuration cannot be used
@@ -98,17 +98,27 @@ class UnitError(BackendError):
 
 
 class DeathCause(StrEnum):
-    """Why a backend's process ended: whether its work may be to blame."""
+    """Why the process of a backend is gone, and so who is to blame."""
 
-    CRASHED = "crashed"  # by itself: a fault, an exit, no memory left
-    KILLED = "killed"  # by somebody
-    STALLED = "stalled"  # by its own watchdog
-    CLOSED = "closed"  # on purpose
-    UNKNOWN = "unknown"  # the call never reached a process
+    CRASHED = "crashed"
+    """It broke: a signal, an exit code, or the kernel when memory ran out."""
+    STALLED = "stalled"
+    """It did not get on with one piece of work, and its watchdog ended it."""
+    KILLED = "killed"
+    """Somebody outside killed it."""
+    LOST = "lost"
+    """It died before this call, which never ran, and with it what the call needs."""
+    CLOSED = "closed"
+    """We ended it."""
+
+    @property
+    def blames_work(self) -> bool:
+        """Whether what the process was doing may have ended it."""
+        return self in (DeathCause.CRASHED, DeathCause.STALLED)
 
 
 class BackendDead(BackendError):
-    def __init__(self, message: str, cause: DeathCause = DeathCause.UNKNOWN) -> None:
+    def __init__(self, message: str, cause: DeathCause = DeathCause.CRASHED) -> None:
         super().__init__(message)
         self.cause = cause
 

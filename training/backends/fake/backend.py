@@ -8,6 +8,7 @@ from pathlib import Path
 
 from training.backends.base import (
     AdamParams,
+    BackendState,
     Capabilities,
     Health,
     LoraSpec,
@@ -22,7 +23,8 @@ from training.backends.fake import sampler, trainer
 from training.backends.fake.model import LAYER_GROUPS, BaseWeights, HeadView
 from training.backends.state_files import storage_errors
 from training.config import ModelConfig, TrainingConfig
-from training.core.errors import BackendDead, UnitError, UserError
+from training.core.errors import BackendDead, DeathCause, UnitError, UserError
+from training.core.records import utcnow
 from training.core.threads import in_thread
 from training.losses import LOSSES
 from training.models.registry import served_model_info
@@ -55,8 +57,10 @@ class FakeBackend:
         self._snapshots: dict[str, HeadView] = {}
         self._running: set[str] = set()
         self._cancelled: set[str] = set()
+        self._death = DeathCause.CRASHED  # of the last generation
         self._writings: dict[asyncio.Task[None], asyncio.Future[None]] = {}
-        self._alive = False
+        self._state = BackendState.STOPPED
+        self._since = utcnow()
         self._generation = 0
         self._capabilities = Capabilities(
             base_model=model.name,
@@ -70,11 +74,11 @@ class FakeBackend:
         )
 
     async def start(self) -> None:
-        self._alive = True
+        self._state, self._since = BackendState.RUNNING, utcnow()
         self._generation += 1
 
     async def close(self) -> None:
-        self._alive = False
+        self._state, self._since = BackendState.STOPPED, utcnow()
         await asyncio.gather(*self._writings)  # what was captured is written
         self._slots.clear()
         self._snapshots.clear()
@@ -83,17 +87,24 @@ class FakeBackend:
         return self._capabilities
 
     def health(self) -> Health:
-        return Health(self._alive, self._generation)
+        return Health(
+            alive=self._state is BackendState.RUNNING,
+            generation=self._generation,
+            state=self._state,
+            since=self._since,
+            num_restarts=max(self._generation - 1, 0),
+        )
 
-    def crash(self) -> None:
+    def crash(self, cause: DeathCause = DeathCause.CRASHED) -> None:
         """What a dying engine does to its callers: slots are gone, running calls and writings raise
         ``BackendDead``; it is back at once with its snapshots and the next generation. Calls for
         a lost slot raise ``BackendDead`` until it is loaded again."""
+        self._death = cause
         self._lost_slots |= set(self._slots)
         self._slots.clear()
         self._generation += 1
         for writing in self._writings.values():
-            _settle(writing, BackendDead("the fake engine has ended"))
+            _settle(writing, BackendDead("the fake engine has ended", cause))
 
     # ----------------------------------------------------------------- training
 
@@ -192,7 +203,8 @@ class FakeBackend:
 
     def _slot(self, slot: int) -> trainer.Slot:
         if slot in self._lost_slots:
-            raise BackendDead(f"slot {slot} went with an engine that died; load it again")
+            message = f"slot {slot} went with an engine that died; load it again"
+            raise BackendDead(message, DeathCause.LOST)
         if slot not in self._slots:
             raise UnitError(f"slot {slot} holds no adapter")
         return self._slots[slot]
@@ -201,8 +213,10 @@ class FakeBackend:
         """Lets others run; raises ``BackendDead`` when the backend went meanwhile."""
         generation = self._generation
         await asyncio.sleep(self._delay_s if delay_s is None else delay_s)
-        if not self._alive or generation != self._generation:
-            raise BackendDead("the fake engine has ended")
+        if self._state is not BackendState.RUNNING:
+            raise BackendDead("the fake engine has ended", DeathCause.CLOSED)
+        if generation != self._generation:
+            raise BackendDead("the fake engine has ended", self._death)
 
     # ----------------------------------------------------------------- sampling
 
