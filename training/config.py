@@ -115,6 +115,9 @@ class EngineConfig(_Section):
     needs them."""
     sampling_share: float = Field(0.5, gt=0, lt=1)
     """Share of engine time given to sampling while training wants to run too."""
+    stall_timeout_s: float = Field(900.0, gt=0)
+    """An engine that takes longer for one micro-batch, decode step or other command is ended and
+    restarted. Time in which it is stopped, or its machine asleep, does not count."""
     max_restarts: int = Field(5, ge=0)
     """Restarts in a row that came to nothing before health calls the engine failing; it is
     restarted all the same, after 0.1 s, then 0.5 s, doubling to 30 s. One came to nothing where the

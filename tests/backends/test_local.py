@@ -13,7 +13,7 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import ParamSpec
 
@@ -227,6 +227,68 @@ async def test_an_engine_that_breaks_says_what_broke(tiny_llama: Path) -> None:
         with pytest.raises(BackendDead, match="load it again") as after:
             await backend.optim_step({0: AdamParams()})
         assert after.value.cause is DeathCause.LOST  # that call was never run
+
+
+# --------------------------------------------------------------------------- stalls
+
+
+@contextlib.contextmanager
+def stalling_files(directory: Path) -> Iterator[None]:
+    """Who reads an adapter from ``directory`` stands still until the end, then finds it empty."""
+    directory.mkdir()
+    os.mkfifo(directory / "adapter_config.json")
+    try:
+        yield
+    finally:
+        # Both ends, so that this never waits for a reader.
+        os.close(os.open(directory / "adapter_config.json", os.O_RDWR))
+
+
+@on_uvloop
+async def test_an_engine_that_does_not_get_on_is_ended_and_restarted(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with running(tiny_llama, local_config(stall_timeout_s=0.5)) as backend:
+        with stalling_files(tmp_path / "adapter"):
+            with pytest.raises(BackendDead, match="stalled") as death:
+                await backend.load_slot(0, spec(), tmp_path / "adapter")
+            assert death.value.cause is DeathCause.STALLED
+        assert await backend.sample(request(PROMPT))
+        assert backend.health().generation == 2
+    told = capsys.readouterr().out
+    assert "one piece of work has taken 0.5 s" in told
+    assert "read_adapter" in told  # the stacks say what stood still
+
+
+@on_uvloop
+async def test_an_engine_that_is_stopped_for_longer_than_a_stall_goes_on(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """As it is in a suspended machine, in the middle of a piece of work."""
+    timeout_s = 4.0
+    async with running(tiny_llama, local_config(stall_timeout_s=timeout_s)) as backend:
+        pid = backend.engine_pid
+        assert pid is not None
+        with stalling_files(tmp_path / "adapter"):
+            loading = asyncio.create_task(backend.load_slot(0, spec(), tmp_path / "adapter"))
+            await asyncio.sleep(0.2)
+            os.kill(pid, signal.SIGSTOP)
+            await asyncio.sleep(1.25 * timeout_s)
+            os.kill(pid, signal.SIGCONT)
+            await asyncio.sleep(0.2)
+        with pytest.raises(UserError):  # of what it has read: it lives
+            await loading
+        assert backend.engine_pid == pid
+        assert await backend.sample(request(PROMPT))
+
+
+@on_uvloop
+async def test_an_idle_engine_is_not_a_stalled_one(tiny_llama: Path) -> None:
+    async with running(tiny_llama, local_config(stall_timeout_s=0.1)) as backend:
+        pid = backend.engine_pid
+        await asyncio.sleep(0.5)
+        assert backend.engine_pid == pid
+        assert backend.health().alive
 
 
 # --------------------------------------------------------------------------- saving

@@ -172,6 +172,13 @@ class EngineLoop:
         self._writer = StateWriter()
         self._stopped = False
         self._tidy_in_s: float | None = None
+        self._num_pieces = 0
+        self._waits = False
+
+    def current_work(self) -> int | None:
+        """The number of the command, micro-batch or decode step that is being done; None while the
+        loop sleeps. For a watchdog, from any thread."""
+        return None if self._waits else self._num_pieces
 
     def run(self) -> None:
         turn = Turn.WAIT
@@ -185,6 +192,7 @@ class EngineLoop:
         self._receive(wait)
         if self._stopped:
             return Turn.WAIT
+        self._num_pieces += 1
         sampling_waits = self._sampler.has_work
         turn = self._time_share.plan(self._training_waits(), sampling_waits)
         started_at = self._clock()
@@ -203,11 +211,14 @@ class EngineLoop:
     def _receive(self, wait: bool) -> None:
         """With ``wait``, sleeps until something has arrived or it is time to tidy up."""
         while not self._stopped:
+            self._waits = wait
             try:
                 call = self._inbox.get(block=wait, timeout=self._tidy_in_s)
             except queue.Empty:
                 return
-            wait = False
+            finally:
+                self._waits = wait = False
+                self._num_pieces += 1
             if isinstance(call, Wake):
                 continue
             if call is None or isinstance(call.command, ipc.Stop):

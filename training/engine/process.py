@@ -1,12 +1,14 @@
 """The engine process: loads the model, then runs the loop until its parent lets go of the socket.
 
-This thread computes; a reader takes commands off the socket; a third one (``state_writer.py``)
-writes captured states. Nothing here outlives the process, so it may end at any moment.
+This thread computes; others take commands off the socket, write captured states
+(``state_writer.py``) and watch over this one (``watchdog.py``). Nothing here outlives the process,
+so it may end at any moment.
 """
 
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import logging
 import os
 import queue
@@ -27,6 +29,7 @@ from training.engine.loop import EngineLoop, Inbox
 from training.engine.machine import return_free_memory
 from training.engine.sampler import Sampler
 from training.engine.trainer import Trainer
+from training.engine.watchdog import Watchdog
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _PR_SET_PDEATHSIG = 1
@@ -35,7 +38,9 @@ _log = logging.getLogger(__name__)
 
 
 def main(fd: int, parent_pid: int) -> int:
-    """Exit codes: 0 told to stop, 1 broken, 2 the model cannot be loaded."""
+    """Exit codes: 0 told to stop, 1 broken, 2 the model cannot be loaded; the watchdog has one of
+    its own."""
+    faulthandler.enable()  # what breaks the process says where
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("training").setLevel(logging.INFO)
     _end_with_parent(parent_pid)
@@ -69,6 +74,7 @@ def main(fd: int, parent_pid: int) -> int:
         sampling_share=configure.engine.sampling_share,
         fatal=(torch.AcceleratorError,),  # after one, the device context answers nothing else
     )
+    Watchdog(loop.current_work, configure.engine.stall_timeout_s).start()
     try:
         loop.run()
     except Exception:
