@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,4 +118,27 @@ async def test_a_directory_gives_the_fake_its_vocabulary(tiny_llama: Path) -> No
         request((1, 2), max_tokens=6, stop_strings=(f"<{tokens[1]}><{tokens[2]}>",))
     )
     assert stopped.sequences[0].tokens.tolist() == tokens[:3]
+    await backend.close()
+
+
+async def test_a_tenant_of_many_samples_shuts_nobody_out() -> None:
+    """The other's only sample is done when each of the many has had a few turns at most."""
+    backend = FakeBackend(MODEL, TrainingConfig())
+    await backend.start()
+    ended: list[str] = []
+
+    async def sample(tenant: str) -> None:
+        await backend.sample(replace(request((1, 2), max_tokens=200), tenant=tenant))
+        ended.append(tenant)
+
+    many = [asyncio.create_task(sample("many")) for _ in range(100)]
+    for _ in range(5):
+        await asyncio.sleep(0)
+    few = asyncio.create_task(sample("few"))
+    cancelled = asyncio.create_task(sample("few"))
+    await asyncio.sleep(0)
+    cancelled.cancel()  # nobody waits for its turn
+    await few
+    assert ended == ["few"]
+    await asyncio.gather(*many)
     await backend.close()

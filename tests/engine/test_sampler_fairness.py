@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from tests.engine.sampler_cases import (
     make_model_directory,
     make_sampler,
     random_prompt,
+    sample_one,
 )
+from tests.engine.test_sampler import assert_same
 from training.backends.base import LoraSpec, SampleRequest, SampleResult
 from training.engine.model import Transformer
 from training.engine.sampler import Sampler
@@ -37,12 +41,15 @@ def open_sampler(directory: Path, **limits: Any) -> Sampler:
     return sampler
 
 
-def short(name: str, snapshot: str | None = None, num_tokens: int = 8) -> SampleRequest:
+def short(
+    name: str, snapshot: str | None = None, num_tokens: int = 8, tenant: str = ""
+) -> SampleRequest:
     return ask(
         random_prompt(10, seed=sum(name.encode())),
         name,
         snapshot_id=snapshot,
         max_tokens=num_tokens,
+        tenant=tenant,
     )
 
 
@@ -168,3 +175,99 @@ def test_who_waits_for_a_prompt_goes_on_when_that_is_cancelled(directory: Path) 
     assert (sampler.num_running, sampler.num_waiting) == (1, 1)
     sampler.cancel("first")
     assert steps_until(sampler, "second") <= 20
+
+
+# --------------------------------------------------------------------------- tenants
+
+
+def submit_many(sampler: Sampler, tenant: str, num: int, snapshot: str | None = None) -> None:
+    for index in range(num):
+        request = ask(random_prompt(20, seed=index), f"{tenant}{index}", max_tokens=50)
+        sampler.submit(replace(request, tenant=tenant, snapshot_id=snapshot))
+
+
+def running_of(sampler: Sampler) -> Counter[str]:
+    return Counter(sequence.job.request.tenant for sequence in sampler._running)
+
+
+@pytest.mark.parametrize("snapshot", [None, "a"], ids=["base model", "one snapshot"])
+def test_a_tenant_of_a_thousand_requests_shuts_nobody_out(
+    directory: Path, snapshot: str | None
+) -> None:
+    """The other's sample, of the same weights, takes the place of one of the many at once."""
+    sampler = open_sampler(directory, max_running_sequences=8)
+    submit_many(sampler, "many", 1000, snapshot)
+    for _ in range(5):
+        sampler.step()
+    assert running_of(sampler) == {"many": 8}
+    sampler.submit(short("only", snapshot, tenant="few"))
+    sampler.step()
+    assert running_of(sampler) == {"many": 7, "few": 1}
+    assert steps_until(sampler, "only") <= 9
+
+
+def test_tenants_run_equally_many_whatever_they_sample_from(directory: Path) -> None:
+    """A single request of many samples has taken all places; then come many requests for one
+    snapshot and many for three. When the first samples end, all have their share."""
+    sampler = open_sampler(directory, max_running_sequences=9, prefill_chunk_tokens=1000)
+    sampler.submit(replace(crowd("crowd"), tenant="samples"))
+    for _ in range(3):
+        sampler.step()
+    assert running_of(sampler) == {"samples": 9}
+    submit_many(sampler, "single", 10, "a")
+    for snapshot in ("a", "b", None):
+        for index in range(10):
+            name = f"s{index}-{snapshot}"
+            request = ask(random_prompt(20, seed=index), name, max_tokens=50)
+            sampler.submit(replace(request, tenant="several", snapshot_id=snapshot))
+    sampler.step()
+    assert running_of(sampler) == {"samples": 7, "single": 1, "several": 1}
+    for _ in range(66):
+        sampler.step()
+    assert running_of(sampler) == {"samples": 3, "single": 3, "several": 3}
+    mine = [each for each in sampler._running if each.job.request.tenant == "several"]
+    assert {each.job.request.snapshot_id for each in mine} == {"a", "b", None}
+
+
+def test_who_gives_way_is_of_the_tenant_with_most(directory: Path) -> None:
+    """A cache too small for all: the one sequence of a tenant never pays for the many's, though
+    each of those is the only one of its request."""
+    sampler = open_sampler(directory, kv_cache_tokens=8 * 32, max_running_sequences=8)
+    submit_many(sampler, "many", 30)
+    sampler.step()
+    sampler.submit(short("only", num_tokens=100, tenant="few"))
+    sampler.step()
+    num_given_way = sampler.num_given_way
+    assert steps_until(sampler, "only") <= 100
+    assert sampler.num_given_way > num_given_way
+
+
+def test_a_prompt_that_many_wait_for_holds_up_no_other_tenant(directory: Path) -> None:
+    """More requests wait for one long prompt than there are places."""
+    sampler = open_sampler(directory, max_running_sequences=4, prefill_chunk_tokens=16)
+    prompt = random_prompt(400)
+    for index in range(20):
+        sampler.submit(replace(ask(prompt, f"r{index}", seed=index), tenant="many"))
+    sampler.step()
+    assert sampler.num_running == 1
+    for name in ("one", "two"):  # the second has as many running as the many have
+        sampler.submit(short(name, tenant="few"))
+    sampler.step()
+    assert running_of(sampler) == {"many": 1, "few": 2}
+
+
+def test_results_do_not_depend_on_the_tenant(directory: Path) -> None:
+    requests = [crowd("crowd", num_samples=3), short("short", "a")]
+    alone = [sample_one(open_sampler(directory), request) for request in requests]
+    sampler = open_sampler(directory, kv_cache_tokens=12 * 32, max_running_sequences=3)
+    submit_many(sampler, "many", 20)
+    owned = [replace(request, tenant=request.request_id) for request in requests]
+    for request in owned:
+        sampler.submit(request)
+    ended: dict[str, SampleResult | Exception] = {}
+    while not {request.request_id for request in owned} <= set(ended):
+        ended |= dict(sampler.step())
+    for request, expected in zip(owned, alone, strict=True):
+        result = ended[request.request_id]
+        assert isinstance(result, SampleResult)
+        assert_same(result, expected, 1e-4)

@@ -47,6 +47,7 @@ REQUESTS = [
         topk_sample_logprobs=(0, 0, 3)[index % 3],
         prompt_logprobs=index % 4 == 1,
         prompt_logprobs_last_n=None if index % 8 == 1 else 20,
+        tenant=("", "one", "two")[index * 7 // 5 % 3],
     )
     for index in range(24)
 ]

@@ -243,7 +243,8 @@ class SampleRequest:
     ``snapshot_id`` None samples from the base model. Sample i draws from a stream that depends on
     (``seed``, i) alone. ``max_tokens`` 0 only scores the prompt. ``temperature`` 0 is greedy.
     ``stop_strings`` are looked for in the text of the sampled tokens; the token that completes one,
-    or a token of ``stop_token_ids``, is the last token returned.
+    or a token of ``stop_token_ids``, is the last token returned. Those of one ``tenant`` take turns
+    with those of the others, however many each has; results do not depend on it.
     """
 
     request_id: str
@@ -264,6 +265,7 @@ class SampleRequest:
     target_prompt_tokens: Int64Array | None = None
     """[P-1, K]: tokens to score at prompt position row + 1; -1 scores nothing."""
     prompt_alt_tokens_k: int = 0
+    tenant: str = ""
 
 
 class TopK(NamedTuple):

@@ -50,7 +50,8 @@ class Sampler:
         self._blocks = SequenceBlocks(self._cache)
         self._vocabulary = decoder.vocabulary
         self._adapters = AdapterStore(self._load_adapter, engine_config.sampling_adapter_bytes)
-        self._line = WaitingLine()
+        # More than can run cannot start after one prompt, and looking at each takes time.
+        self._line = WaitingLine(max_deferred=engine_config.max_running_sequences)
         self._jobs: dict[str, Job] = {}
         self._running: list[Sequence] = []
         self._outcomes: list[Outcome] = []
@@ -95,7 +96,7 @@ class Sampler:
             request,
             self._num_submitted,
             snapshot,
-            self._line.tenant(snapshot.version if snapshot else BASE_VERSION),
+            self._line.group(request.tenant, snapshot.version if snapshot else BASE_VERSION),
             min(request.max_tokens, room),
             PromptScores(request, self._vocabulary),
         )
@@ -162,9 +163,6 @@ class Sampler:
         while (sequence := self._line.next()) is not None:
             has_room = len(self._running) < limit
             if has_room:
-                # More cannot start after that prompt, and looking at each takes time.
-                if self._line.num_deferred >= limit:
-                    return
                 if not self._load(sequence.job):
                     continue
                 sequence.refresh_context()

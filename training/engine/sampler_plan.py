@@ -58,24 +58,33 @@ def _packing(work: Work) -> tuple[int, bool, tuple[int, int]]:
 
 def choose_victim(running: Iterable[Sequence]) -> Sequence:
     """Who gives its blocks back when there are none left: the youngest sequence of the request
-    with most running, of the snapshot with most running. The oldest sequence of all is chosen only
-    when it is alone, and alone it fits."""
+    with most running, of the snapshot with most, of the tenant with most. The oldest sequence of
+    all is chosen only when it is alone, and alone it fits."""
     return max(running, key=_weight)
 
 
 def choose_yielder(running: Iterable[Sequence], waiting: Sequence) -> Sequence | None:
-    """Who makes room for ``waiting`` although it could go on: where a snapshot has nothing running,
-    a sequence of one that has several; where a request has nothing running, one of a request of
-    the same snapshot that has several. Later turns even out the rest."""
-    job, tenant = waiting.job, waiting.tenant
+    """Who makes room for ``waiting`` although it could go on: where a tenant has nothing running, a
+    sequence of one that has several; else where a snapshot has nothing running, one of a snapshot
+    of the same tenant that has several; else the same of requests of one snapshot. Later turns
+    even out the rest."""
+    job, group, tenant = waiting.job, waiting.group, waiting.tenant
     if tenant.num_running == 0:
         eligible = [each for each in running if each.tenant.num_running > 1]
+    elif group.num_running == 0:
+        mine = [each for each in running if each.tenant is tenant]
+        eligible = [each for each in mine if each.group.num_running > 1]
     elif job.num_running == 0:
-        eligible = [each for each in running if each.tenant is tenant and each.job.num_running > 1]
+        eligible = [each for each in running if each.group is group and each.job.num_running > 1]
     else:
         return None
     return max(eligible, key=_weight, default=None)
 
 
-def _weight(sequence: Sequence) -> tuple[int, int, tuple[int, int]]:
-    return (sequence.tenant.num_running, sequence.job.num_running, sequence.order)
+def _weight(sequence: Sequence) -> tuple[int, int, int, tuple[int, int]]:
+    return (
+        sequence.tenant.num_running,
+        sequence.group.num_running,
+        sequence.job.num_running,
+        sequence.order,
+    )

@@ -33,9 +33,20 @@ MIN_TEMPERATURE = 1e-4
 
 @dataclass(eq=False)
 class Tenant:
-    """Everybody who samples from one ``version`` of the weights. ``jobs`` are those with waiting
-    sequences."""
+    """``groups`` are those with waiting sequences; ``num_deferred`` requests wait for another's
+    prompt."""
 
+    num_running: int = 0
+    num_deferred: int = 0
+    groups: Turns[Group] = field(default_factory=lambda: Turns[Group]())
+
+
+@dataclass(eq=False)
+class Group:
+    """A tenant's requests that sample from one ``version`` of the weights. ``jobs`` are those with
+    waiting sequences."""
+
+    tenant: Tenant
     version: int
     num_running: int = 0
     jobs: Turns[Job] = field(default_factory=lambda: Turns[Job]())
@@ -52,7 +63,7 @@ class Job:
     request: SampleRequest
     order: int
     snapshot: Snapshot | None
-    tenant: Tenant
+    group: Group
     max_new_tokens: int
     scores: PromptScores
     adapter: Adapter | None = None
@@ -65,7 +76,7 @@ class Job:
 
     @property
     def version(self) -> int:
-        return self.tenant.version
+        return self.group.version
 
     @property
     def num_cells(self) -> int:
@@ -101,7 +112,8 @@ class Sequence:
     def __init__(self, job: Job, index: int, tokenizer: Tokenizer | None) -> None:
         request = job.request
         self.job = job
-        self.tenant = job.tenant
+        self.group = job.group
+        self.tenant = job.group.tenant
         self.version = job.version
         self.index = index
         self.order = (job.order, index)

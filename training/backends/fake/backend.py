@@ -21,6 +21,7 @@ from training.backends.base import (
 )
 from training.backends.fake import sampler, trainer
 from training.backends.fake.model import LAYER_GROUPS, BaseWeights, HeadView
+from training.backends.fake.turns import TenantTurns
 from training.backends.state_files import storage_errors
 from training.config import ModelConfig, TrainingConfig
 from training.core.errors import BackendDead, DeathCause, UnitError, UserError
@@ -55,6 +56,7 @@ class FakeBackend:
         self._slots: dict[int, trainer.Slot] = {}
         self._lost_slots: set[int] = set()
         self._snapshots: dict[str, HeadView] = {}
+        self._sampling = TenantTurns()
         self._running: set[str] = set()
         self._cancelled: set[str] = set()
         self._death = DeathCause.CRASHED  # of the last generation
@@ -213,6 +215,9 @@ class FakeBackend:
         """Lets others run; raises ``BackendDead`` when the backend went meanwhile."""
         generation = self._generation
         await asyncio.sleep(self._delay_s if delay_s is None else delay_s)
+        self._check_alive(generation)
+
+    def _check_alive(self, generation: int) -> None:
         if self._state is not BackendState.RUNNING:
             raise BackendDead("the fake engine has ended", DeathCause.CLOSED)
         if generation != self._generation:
@@ -238,17 +243,23 @@ class FakeBackend:
             view = self._snapshots[request.snapshot_id]
         self._running.add(request.request_id)
         try:
-            await self._turn()
+            await self._sampling_turn(request.tenant)
             for result in sampler.run_request(view, request, limits.context_length, self._text_of):
                 if request.request_id in self._cancelled:
                     raise UserError("the request was cancelled")
                 if result is not None:
                     return result
-                await self._turn()
+                await self._sampling_turn(request.tenant)
             raise AssertionError("a request ends with its result")
         finally:
             self._running.discard(request.request_id)
             self._cancelled.discard(request.request_id)
+
+    async def _sampling_turn(self, tenant: str) -> None:
+        generation = self._generation
+        await self._turn()
+        await self._sampling.turn(tenant)
+        self._check_alive(generation)
 
     async def cancel(self, request_id: str) -> None:
         if request_id in self._running:
