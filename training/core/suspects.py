@@ -16,7 +16,6 @@ from training.core.operations import Operation
 
 MAX_CRASHES = 2
 MAX_KILLS = 20
-_BLAMED = frozenset({DeathCause.CRASHED, DeathCause.STALLED})
 
 
 class Suspects:
@@ -51,7 +50,7 @@ class Suspects:
         counted: list[tuple[Operation, BackendError | None]] = []
         for operation in operations:
             name = operation.request_id
-            if error.cause in _BLAMED:
+            if error.cause.blames_work:
                 crashes = max(operation.deaths, self._crashes.get(name, 0)) + 1
                 self._crashes[name] = crashes
                 poison = None
