@@ -17,6 +17,7 @@ os.environ["HF_HOME"] = _CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TINKER_TELEMETRY"] = "0"
 
+from tests.postgres import ENVIRONMENT_VARIABLE, fresh_database, running_postgres  # noqa: E402
 from tests.servers import REPOSITORY, Server, running_server  # noqa: E402
 from training.config import EMBEDDED_MODEL, TrainingConfig  # noqa: E402
 from training.models.registry import ensure_embedded_model  # noqa: E402
@@ -52,3 +53,23 @@ def real_server(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path) 
     }
     with running_server(tmp_path_factory.mktemp("real-server"), config) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """URL of a PostgreSQL server where tests make databases of their own."""
+    if url := os.environ.get(ENVIRONMENT_VARIABLE):
+        yield url
+        return
+    with running_postgres() as server:
+        yield server.url("postgres")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Tests that ask for this one run on both databases; it is empty, and theirs alone."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'meta' / 'futures.db'}"
+        return
+    with fresh_database(request.getfixturevalue("postgres")) as url:
+        yield url

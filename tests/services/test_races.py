@@ -19,6 +19,9 @@ from training.storage import tables
 from training.wire.requests import LoadWeightsRequest
 
 
+pytestmark = pytest.mark.usefixtures("each_database")
+
+
 def fake_backend(server: Server) -> FakeBackend:
     backend = server.hosts.get(MODEL).backend
     assert isinstance(backend, FakeBackend)
@@ -29,7 +32,11 @@ async def refuse_writes(server: Server) -> None:
     """What a full disk does: every write fails, reads go on."""
 
     def read_only(connection: sa.Connection) -> None:
-        connection.exec_driver_sql("PRAGMA query_only=ON")
+        connection.exec_driver_sql(
+            "PRAGMA query_only=ON"
+            if connection.dialect.name == "sqlite"
+            else "SET default_transaction_read_only = on"
+        )
 
     await server.database.write(read_only)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -40,13 +41,19 @@ from training.wire.requests import (
     SaveWeightsRequest,
 )
 
+pytestmark = pytest.mark.usefixtures("each_database")
+
 ME = "me"
 MODEL = "test/fake"
 
 
 def config(tmp_path: Path, max_slots: int = 4, expiry_s: float = 1800.0) -> TrainingConfig:
     return TrainingConfig(
-        storage=StorageConfig(metadata_dir=tmp_path / "m", checkpoint_dir=tmp_path / "c"),
+        storage=StorageConfig(
+            metadata_dir=tmp_path / "m",
+            checkpoint_dir=tmp_path / "c",
+            database_url=os.environ.get("DATABASE_URL"),
+        ),
         supported_models=(ModelConfig(name=MODEL, backend="fake"),),
         engine=EngineConfig(max_slots=max_slots),
         session=SessionConfig(expiry_s=expiry_s),

@@ -30,8 +30,9 @@ from training.core.records import (
     utcnow,
 )
 from training.storage import tables
-from training.storage.connections import _Sqlite, connect
+from training.storage.connections import Sqlite
 from training.storage.database import Database
+from training.storage.postgres import Postgres
 from training.storage.repositories import (
     checkpoints,
     futures,
@@ -44,8 +45,8 @@ from training.wire.requests import CreateSessionRequest
 
 
 @pytest.fixture
-async def database(tmp_path: Path) -> AsyncIterator[Database]:
-    database = Database(f"sqlite:///{tmp_path / 'meta' / 'futures.db'}")
+async def database(database_url: str) -> AsyncIterator[Database]:
+    database = Database(database_url)
     await database.start()
     yield database
     await database.close()
@@ -80,8 +81,10 @@ async def test_a_burst_of_writes_shares_commits_and_keeps_every_row(database: Da
         commits += 1
 
     connections = database._connections
-    assert isinstance(connections, _Sqlite)
-    sa.event.listen(connections._writer, "commit", count_commit)
+    assert isinstance(connections, (Sqlite, Postgres))
+    writer = connections._writer
+    engine = writer if isinstance(writer, sa.Engine) else writer.sync_engine
+    sa.event.listen(engine, "commit", count_commit)
     now = utcnow()
     stored = await asyncio.gather(
         *(database.write(futures.insert, new_future(number), now) for number in range(300))
@@ -125,9 +128,8 @@ async def test_a_repeated_sequence_number_gets_the_first_promise(database: Datab
     assert (other.request_id, other.is_new) == ("req-3", True)
 
 
-async def test_a_future_settles_once_and_survives_reopening(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'f.db'}"
-    database = Database(url)
+async def test_a_future_settles_once_and_survives_reopening(database_url: str) -> None:
+    database = Database(database_url)
     await database.start()
     now = utcnow()
     for number in range(3):
@@ -139,7 +141,7 @@ async def test_a_future_settles_once_and_survives_reopening(tmp_path: Path) -> N
     assert await database.write(futures.finish, "req-0", failed, now) == 2
     await database.close()
 
-    reopened = Database(url)
+    reopened = Database(database_url)
     await reopened.start()
     result = await reopened.read(futures.result, "req-1")
     assert result == done
@@ -234,16 +236,16 @@ async def test_a_database_that_cannot_be_opened_says_so(tmp_path: Path) -> None:
 
 async def test_a_database_that_cannot_be_reached_is_worth_a_repetition(database: Database) -> None:
     """``StorageError`` is what outcomes are kept for and what clients are told to repeat."""
-    sqlite = database._connections
+    reachable = database._connections
     nobody_listens = sa.make_url("postgresql+asyncpg://u:p@127.0.0.1:1/db")
-    database._connections = connect(nobody_listens)
+    database._connections = Postgres(nobody_listens)
     with pytest.raises(StorageError):
         await database.read(futures.get, "req-1")
     writes = [database.write(futures.insert, new_future(n), utcnow()) for n in range(3)]
     for outcome in await asyncio.gather(*writes, return_exceptions=True):
         assert isinstance(outcome, StorageError)
     await database._connections.close()
-    database._connections = sqlite
+    database._connections = reachable
     assert (await database.write(futures.insert, new_future(1), utcnow())).is_new
 
 

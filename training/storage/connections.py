@@ -1,7 +1,7 @@
-"""How statements reach the two databases: a transaction at a time, off the event loop.
+"""How statements reach a database: a transaction at a time, off the event loop.
 
 SQLite is called in threads of its own, one hop per transaction: an async driver would hop once per
-statement, and a durable commit (0.25 ms) then took 5 ms. PostgreSQL is called through asyncpg.
+statement, and a durable commit (0.25 ms) then took 5 ms. PostgreSQL: ``postgres.py``.
 """
 
 from __future__ import annotations
@@ -13,45 +13,68 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import create_async_engine
+import structlog
+
+from training.core.errors import StorageError
+from training.core.threads import in_thread
+from training.storage.lock import FileLock
+
+log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 Run = Callable[[sa.Connection], T]
 
-_NUM_READERS = 4
+NUM_READERS = 4
+BUSY_TIMEOUT_S = 10.0
+"""How long a write waits for another process that writes to the same SQLite file."""
+CHECKED_BYTES = 4 * 2**30
+"""A larger database is not read through at the start (about 1 s per GiB that is cached)."""
 _PRAGMAS = (
     "journal_mode=WAL",
     # FULL syncs the log at every commit: what was answered survives a power cut.
     "synchronous=FULL",
-    "busy_timeout=10000",
     "wal_autocheckpoint=4000",
 )
 
+FAILURES = (sa.exc.DBAPIError, sa.exc.TimeoutError, OSError)
+"""Of the database or the way to it; asyncpg raises ``OSError`` where nobody listens."""
+
 
 class Connections(Protocol):
-    async def transact(self, run: Run[T]) -> T:
-        """Runs in one transaction; returns once it is committed. One at a time."""
+    async def open(self) -> None:
+        """Takes the database for this process alone; raises ``StorageError`` or ``FAILURES``."""
 
-    async def read(self, run: Run[T]) -> T: ...
+    async def transact(self, run: Run[T]) -> T:
+        """Runs in one transaction; returns once it is committed. One at a time.
+
+        An exception means that nothing was committed; ``run`` may be called again after one.
+        """
+
+    async def read(self, run: Run[T]) -> T:
+        """Runs on one snapshot of the database; may be called again when a connection is lost."""
+
+    def trouble(self) -> str | None:
+        """Why new writes had better not wait; None in good days."""
 
     async def close(self) -> None: ...
 
 
-def connect(url: sa.URL) -> Connections:
-    """Opens nothing yet: the first use does."""
-    if url.get_backend_name() == "sqlite":
-        return _Sqlite(url)
-    return _Postgres(url)
-
-
-class _Sqlite:
+class Sqlite:
     def __init__(self, url: sa.URL) -> None:
-        if url.database:
-            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        self._path = None if url.database in (None, "", ":memory:") else Path(str(url.database))
+        self._lock: FileLock | None = None
         self._writer = _sqlite_engine(url, 1, "BEGIN IMMEDIATE")
-        self._reader = _sqlite_engine(url, _NUM_READERS, "BEGIN")
+        self._reader = _sqlite_engine(url, NUM_READERS, "BEGIN")
         self._write_thread = ThreadPoolExecutor(1, "sqlite-writer")
-        self._read_threads = ThreadPoolExecutor(_NUM_READERS, "sqlite-reader")
+        self._read_threads = ThreadPoolExecutor(NUM_READERS, "sqlite-reader")
+
+    async def open(self) -> None:
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self._path.with_name(f"{self._path.name}.lock"))
+        await in_thread(self._lock.acquire)
+        await self.transact(_check)
 
     async def transact(self, run: Run[T]) -> T:
         return await self._in(self._write_thread, _begin_and_run, self._writer, run)
@@ -59,11 +82,16 @@ class _Sqlite:
     async def read(self, run: Run[T]) -> T:
         return await self._in(self._read_threads, _connect_and_run, self._reader, run)
 
+    def trouble(self) -> str | None:
+        return None
+
     async def close(self) -> None:
         for threads in (self._write_thread, self._read_threads):
             await asyncio.to_thread(threads.shutdown)
         self._writer.dispose()
         self._reader.dispose()
+        if self._lock is not None:
+            self._lock.release()
 
     async def _in(
         self,
@@ -85,13 +113,28 @@ def _connect_and_run(engine: sa.Engine, run: Run[T]) -> T:
         return run(connection)
 
 
+def _check(connection: sa.Connection) -> None:
+    """Reads every page once: a damaged file is told at the start, and never written to."""
+    num_pages = int(connection.exec_driver_sql("PRAGMA page_count").scalar_one())
+    size_bytes = num_pages * int(connection.exec_driver_sql("PRAGMA page_size").scalar_one())
+    if size_bytes > CHECKED_BYTES:
+        log.info("database.not_checked", size_bytes=size_bytes, limit_bytes=CHECKED_BYTES)
+        return
+    found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
+    if found != "ok":
+        raise StorageError(
+            f"the database file is damaged ({found}); it was left as it is: restore a copy, or "
+            "rescue what is readable with sqlite3's .recover"
+        )
+
+
 def _sqlite_engine(url: sa.URL, pool_size: int, begin: str) -> sa.Engine:
     engine = sa.create_engine(
         url.set(drivername="sqlite"),
         poolclass=sa.QueuePool,
         pool_size=pool_size,
         max_overflow=0,
-        connect_args={"check_same_thread": False},
+        connect_args={"check_same_thread": False, "timeout": BUSY_TIMEOUT_S},
     )
 
     # The driver would begin transactions at moments of its own choosing and break savepoints.
@@ -108,19 +151,3 @@ def _sqlite_engine(url: sa.URL, pool_size: int, begin: str) -> sa.Engine:
         connection.exec_driver_sql(begin)
 
     return engine
-
-
-class _Postgres:
-    def __init__(self, url: sa.URL) -> None:
-        self._engine = create_async_engine(url, pool_size=_NUM_READERS + 1, max_overflow=4)
-
-    async def transact(self, run: Run[T]) -> T:
-        async with self._engine.begin() as connection:
-            return await connection.run_sync(run)
-
-    async def read(self, run: Run[T]) -> T:
-        async with self._engine.connect() as connection:
-            return await connection.run_sync(run)
-
-    async def close(self) -> None:
-        await self._engine.dispose()

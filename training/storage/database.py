@@ -8,7 +8,7 @@ transaction, so a burst of small requests costs few disk syncs. ``write`` return
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
@@ -17,10 +17,11 @@ import sqlalchemy as sa
 import structlog
 from alembic import command
 from alembic.config import Config
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError
 
-from training.core.errors import StorageError
-from training.storage.connections import Connections, connect
+from training.core.errors import ConfigError, InvalidRequest, StorageError
+from training.storage.connections import FAILURES, Connections, Sqlite
+from training.storage.postgres import Postgres
 
 log = structlog.get_logger(__name__)
 
@@ -31,8 +32,14 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Statement = Callable[Concatenate[Connection, P], T]
 
-_FAILURES = (DBAPIError, OSError)
-"""Of the database or the way to it; asyncpg raises ``OSError`` where nobody listens."""
+CONNECTIONS: Mapping[str, Callable[[sa.URL], Connections]] = {
+    "sqlite": Sqlite,
+    "postgresql": Postgres,
+    "postgres": Postgres,
+}
+"""The first word of a database's URL -> how to reach it."""
+_MISFITS = (DataError, OverflowError)
+"""Of a value that no column could hold."""
 
 MAX_GROUP = 256
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -51,22 +58,34 @@ class _Outcome(NamedTuple):
 
 class Database:
     def __init__(self, url: str) -> None:
-        self._url = sa.make_url(url)
+        """Opens nothing yet. Raises ``ConfigError`` for a URL that nothing here can open."""
+        try:
+            self._url = sa.make_url(url)
+        except (ArgumentError, ValueError):
+            raise ConfigError("the database's URL cannot be read") from None
+        if self._url.drivername.split("+")[0] not in CONNECTIONS:
+            raise ConfigError(
+                f"no such kind of database: {self._url.drivername}; there are {list(CONNECTIONS)}"
+            )
         self._connections: Connections | None = None
         self._queue: asyncio.Queue[_Pending] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Opens the database and brings its schema up to date. Raises ``StorageError``."""
+        """Takes the database for this process and brings its schema up to date.
+
+        Raises ``StorageError``, also where another server has it; ``ConfigError`` where the
+        driver is missing.
+        """
+        self._connections = CONNECTIONS[self._url.drivername.split("+")[0]](self._url)
         try:
-            self._connections = connect(self._url)
+            await self._connections.open()
             await self._connections.transact(_upgrade)
-        except _FAILURES as error:
+        except BaseException as error:
             await self.close()
-            raise StorageError(
-                f"cannot open database {self._url.render_as_string(hide_password=True)}: "
-                f"{_reason(error)}"
-            ) from error
+            if not isinstance(error, (*FAILURES, StorageError)):
+                raise
+            raise StorageError(f"cannot open database {self._shown()}: {_reason(error)}") from error
         self._task = asyncio.create_task(self._commit_groups(), name="database-writer")
 
     async def close(self) -> None:
@@ -84,15 +103,22 @@ class Database:
         assert self._connections is not None, "database is not started"
         try:
             return await self._connections.read(lambda c: statement(c, *args, **kwargs))
-        except _FAILURES as error:
+        except _MISFITS as error:
+            raise _misfit(error) from error
+        except FAILURES as error:
             raise StorageError(f"database read failed: {_reason(error)}") from error
 
     async def write(self, statement: Statement[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs ``statement`` in a transaction and returns once it is committed.
 
         Errors of the statement itself (a ``TinkercloudError``, ``IntegrityError``) undo it alone.
+        After any error nothing of it was committed. A statement may be run again before its
+        transaction commits, so it does nothing but to its connection.
         """
         assert self._task is not None, "database is not started"
+        assert self._connections is not None
+        if trouble := self._connections.trouble():
+            raise StorageError(f"database write failed: {trouble}")
         pending = _Pending(
             lambda connection: statement(connection, *args, **kwargs),
             asyncio.get_running_loop().create_future(),
@@ -112,20 +138,41 @@ class Database:
                 for _ in group:
                     self._queue.task_done()
 
-    async def _commit(self, group: Sequence[_Pending]) -> None:
+    async def _commit(self, group: Sequence[_Pending]) -> bool:
+        """Settles every write of a group; False if the database could not be reached at all."""
         assert self._connections is not None
         statements = [pending.statement for pending in group]
+        began = False
+
+        def run(connection: Connection) -> list[_Outcome]:
+            nonlocal began
+            began = True
+            return _run_group(connection, statements)
+
         try:
-            outcomes = await self._connections.transact(lambda c: _run_group(c, statements))
+            outcomes = await self._connections.transact(run)
         except Exception as error:
-            if len(group) > 1:
-                # The transaction itself failed: find out who can still be served, one by one.
-                for pending in group:
-                    await self._commit([pending])
-                return
-            outcomes = [_Outcome(None, error)]
+            if began and len(group) > 1:
+                await self._commit_singly(group)
+                return True
+            # Nobody can be served: one after another would wait for the same lock or host.
+            outcomes = [_Outcome(None, error)] * len(group)
         for pending, outcome in zip(group, outcomes, strict=True):
             _settle(pending.done, outcome)
+        return began
+
+    async def _commit_singly(self, group: Sequence[_Pending]) -> None:
+        """The transaction itself failed: finds out who can still be served."""
+        for number, pending in enumerate(group):
+            if not await self._commit([pending]):
+                error = StorageError("database write failed: the database was lost")
+                for other in group[number + 1 :]:
+                    _settle(other.done, _Outcome(None, error))
+                return
+
+    def _shown(self) -> str:
+        """The URL without what may be secret."""
+        return self._url.set(query={}).render_as_string(hide_password=True)
 
 
 def _run_group(connection: Connection, statements: Sequence[Statement[[], Any]]) -> list[_Outcome]:
@@ -150,6 +197,8 @@ def _settle(done: asyncio.Future[Any], outcome: _Outcome) -> None:
     error = outcome.error
     if error is None:
         done.set_result(outcome.result)
+    elif isinstance(error, _MISFITS):
+        done.set_exception(_misfit(error))
     elif _is_failure(error):
         log.error("database.write_failed", error=_reason(error))
         done.set_exception(StorageError(f"database write failed: {_reason(error)}"))
@@ -159,10 +208,15 @@ def _settle(done: asyncio.Future[Any], outcome: _Outcome) -> None:
 
 def _is_failure(error: Exception) -> bool:
     """Whether the database failed, not the statement."""
-    return isinstance(error, _FAILURES) and not isinstance(error, IntegrityError)
+    return isinstance(error, FAILURES) and not isinstance(error, (IntegrityError, DataError))
 
 
-def _reason(error: Exception) -> str:
+def _misfit(error: Exception) -> InvalidRequest:
+    """Repeating it would not help, so it is the request's fault and no failure."""
+    return InvalidRequest(f"a value of the request cannot be stored: {_reason(error)[:300]}")
+
+
+def _reason(error: BaseException) -> str:
     return str(error.orig) if isinstance(error, DBAPIError) else str(error)
 
 
