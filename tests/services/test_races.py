@@ -18,7 +18,6 @@ from training.services.server import Server
 from training.storage import tables
 from training.wire.requests import LoadWeightsRequest
 
-
 pytestmark = pytest.mark.usefixtures("each_database")
 
 

@@ -3,13 +3,16 @@
 The writing connection holds an advisory lock of the database. Who has lost the connection has lost
 the lock too, so a server never writes beside another one that took its place.
 
-A COMMIT whose answer was lost may have happened. PostgreSQL remembers what became of a transaction:
-it is asked until it answers, and only what was not committed may be run again.
+A COMMIT whose answer was lost may have happened. Every transaction leaves a token of its own in a
+table of one row; who has the lock again reads there how the last one ended, and runs again only
+what was not committed. (PostgreSQL's own ``pg_xact_status`` does not do: after a crash it can speak
+of another transaction that got the same number.)
 """
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import socket
 import uuid
@@ -18,7 +21,8 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 import structlog
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from training.core.errors import ConfigError, StorageError
 from training.storage import lock
@@ -34,6 +38,15 @@ _COMMAND_TIMEOUT_S = 300.0
 """Only bounds a server that is gone without a word."""
 _POLL_S = 0.1
 _MAX_RETRY_DELAY_S = 5.0
+
+
+_commits = sa.Table(
+    "last_commit",
+    sa.MetaData(),
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("token", sa.String(32), nullable=False),
+)
+"""The one row says which transaction was committed last. The driver's own, not of the schema."""
 
 
 class _NotCommitted(Exception):
@@ -57,22 +70,22 @@ class Postgres:
 
         @sa.event.listens_for(self._writer.sync_engine, "connect")
         def _take_over(connection: Any, record: Any) -> None:
-            connection.run_async(self._prepare_writer)
+            try:
+                connection.run_async(self._prepare_writer)
+            except connection.dbapi.asyncpg.PostgresError as error:
+                # Unlike what connects or runs a statement, an event translates nothing.
+                raise ConnectionError(str(error)) from error
 
     async def open(self) -> None:
-        async with self._writer.connect() as connection:
-            settings = (
-                "current_setting('server_version_num')::int, current_setting('fsync')"
-                ", current_setting('synchronous_standby_names')"
-            )
-            version, fsync, standbys = (
-                await connection.execute(sa.text(f"SELECT {settings}"))
-            ).one()
-        if version < 130000:
-            raise ConfigError("PostgreSQL 13 or newer is needed")
+        async with self._writer.begin() as connection:
+            await connection.execute(sa.schema.CreateTable(_commits, if_not_exists=True))
+            first = insert(_commits).values(id=1, token="").on_conflict_do_nothing()
+            await connection.execute(first)
+            settings = "current_setting('fsync'), current_setting('synchronous_standby_names')"
+            fsync, standbys = (await connection.execute(sa.text(f"SELECT {settings}"))).one()
         if fsync != "on":
             log.warning("database.fsync_off", risk="a power cut may lose what was acknowledged")
-        log.info("database.opened", version=version, synchronous_standbys=standbys)
+        log.info("database.opened", synchronous_standbys=standbys)
 
     async def transact(self, run: Run[T]) -> T:
         """Once more where the connection turns out to be lost, as after the server's restart."""
@@ -107,11 +120,12 @@ class Postgres:
 
     async def _attempt(self, run: Run[T]) -> T:
         """Raises ``_NotCommitted`` when the connection was lost and nothing came of it."""
+        token = uuid.uuid4().hex
         async with self._writer.connect() as connection:
             try:
                 transaction = await connection.begin()
                 result = await connection.run_sync(run)
-                number = await _transaction_number(connection)
+                await connection.execute(sa.update(_commits).values(token=token))
             except sa.exc.DBAPIError as error:
                 if error.connection_invalidated:
                     raise _NotCommitted(str(error.orig)) from error
@@ -122,38 +136,32 @@ class Postgres:
             except FAILURES as error:
                 reason = str(error.orig) if isinstance(error, sa.exc.DBAPIError) else str(error)
                 await connection.invalidate()
-        if number is None or await self._was_committed(number, reason):
+        if await self._was_committed(token, reason):
             return result
         raise _NotCommitted(reason)
 
-    async def _was_committed(self, number: str, reason: str) -> bool:
+    async def _was_committed(self, token: str, reason: str) -> bool:
         """What became of a transaction whose COMMIT was not answered. Waits for the database."""
-        log.warning("database.commit_unanswered", transaction=number, error=reason)
+        log.warning("database.commit_unanswered", error=reason)
         self._trouble = f"the database did not answer a commit ({reason})"
         delay_s = _POLL_S
         try:
             while True:
                 try:
-                    status = await self._status(number)
+                    # With the lock, so the connection it was sent on has ended, and it with it.
+                    async with self._writer.connect() as connection:
+                        found = await connection.scalar(sa.select(_commits.c.token))
                 except FAILURES as error:
                     if self._closing.is_set():
                         raise
-                    log.warning("database.unreachable", transaction=number, error=str(error))
+                    log.warning("database.unreachable", error=str(error))
+                    await asyncio.sleep(delay_s)
+                    delay_s = min(2 * delay_s, _MAX_RETRY_DELAY_S)
                 else:
-                    if status in ("committed", "aborted"):
-                        log.info("database.commit_settled", transaction=number, status=status)
-                        return status == "committed"
-                await asyncio.sleep(delay_s)
-                delay_s = min(2 * delay_s, _MAX_RETRY_DELAY_S)
+                    log.info("database.commit_settled", committed=found == token)
+                    return bool(found == token)
         finally:
             self._trouble = None
-
-    async def _status(self, number: str) -> str | None:
-        """ "committed", "aborted", "in progress", or None if it is too long ago to be known."""
-        async with self._writer.connect() as connection:
-            query = sa.text("SELECT pg_xact_status(CAST(CAST(:number AS text) AS xid8))")
-            status: str | None = await connection.scalar(query, {"number": number})
-            return status
 
     async def _prepare_writer(self, connection: Any) -> None:
         """Every new writing connection: durable commits, and the lock."""
@@ -175,7 +183,8 @@ class Postgres:
         """
         rows = await connection.fetch(
             "SELECT pid, application_name FROM pg_locks JOIN pg_stat_activity USING (pid)"
-            " WHERE locktype = 'advisory' AND granted AND (classid::bigint << 32 | objid) = $1"
+            " WHERE locktype = 'advisory' AND granted"
+            " AND (classid::bigint << 32 | objid::bigint) = $1"
             " AND pg_locks.database = (SELECT oid FROM pg_database"
             " WHERE datname = current_database())",
             _LOCK_KEY,
@@ -208,14 +217,8 @@ def _engine(url: sa.URL, name: str, size: int, **settings: str) -> AsyncEngine:
         },
     )
     sa.event.listen(engine.sync_engine, "before_cursor_execute", _without_nul, retval=True)
+    sa.event.listen(engine.sync_engine, "handle_error", _as_data_error)
     return engine
-
-
-async def _transaction_number(connection: AsyncConnection) -> str | None:
-    """None where nothing was written, so that there is nothing to lose."""
-    query = sa.text("SELECT CAST(pg_current_xact_id_if_assigned() AS text)")
-    number: str | None = await connection.scalar(query)
-    return number
 
 
 def _without_nul(
@@ -230,9 +233,22 @@ def _clean(value: Any) -> Any:
     return value.replace("\0", "\ufffd") if isinstance(value, str) and "\0" in value else value
 
 
+def _as_data_error(context: sa.ExceptionContext) -> Exception | None:
+    """What says that a value fits no column (SQLSTATE 22...) under the name that it should have."""
+    error = context.original_exception
+    if str(getattr(error, "sqlstate", "")).startswith("22"):
+        return sa.exc.DataError(context.statement, None, error)
+    return None
+
+
 def _for_asyncpg(url: sa.URL) -> sa.URL:
-    """Also takes URLs in libpq's words: any driver, and ``sslmode``."""
+    """Also takes URLs in libpq's words: any driver, and ``sslmode``. Raises ``ConfigError``."""
+    import asyncpg  # type: ignore[import-untyped]
+
     query = dict(url.query)
     if "sslmode" in query:
         query["ssl"] = query.pop("sslmode")
+    known = set(inspect.signature(asyncpg.connect).parameters)
+    if unknown := set(query) - known:
+        raise ConfigError(f"the database's URL has parameters that asyncpg lacks: {unknown}")
     return url.set(drivername="postgresql+asyncpg", query=query)
