@@ -70,9 +70,14 @@ class Postgres:
 
         @sa.event.listens_for(self._writer.sync_engine, "connect")
         def _take_over(connection: Any, record: Any) -> None:
+            asyncpg = connection.dbapi.asyncpg
             try:
                 connection.run_async(self._prepare_writer)
-            except connection.dbapi.asyncpg.PostgresError as error:
+            except (
+                asyncpg.PostgresError,
+                asyncpg.InterfaceError,
+                asyncpg.InternalClientError,
+            ) as error:
                 # Unlike what connects or runs a statement, an event translates nothing.
                 raise ConnectionError(str(error)) from error
 
