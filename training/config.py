@@ -5,20 +5,48 @@ Order of precedence: arguments, environment, ``.env``, file, defaults.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from dotenv import dotenv_values
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
 
 from training.core.errors import ConfigError
 
 DEVELOPMENT_KEY = "slime-dev-key"
 EMBEDDED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+KEY_PREFIX = "tml-"
+"""The SDK refuses keys without it, so each secret is one key with and without it."""
+MIN_PRODUCTION_KEY_CHARS = 16
+
+_ORIGIN = re.compile(r"https?://(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9.-]+)(:\d{1,5})?")
+_URL = re.compile(_ORIGIN.pattern + r"(/[\w.~/-]*)?")
+
+
+def _origin(text: str) -> str:
+    if not _ORIGIN.fullmatch(text):
+        raise ValueError("expected scheme://host or scheme://host:port, and never a wildcard")
+    return text.lower()
+
+
+def _base_url(text: str) -> str:
+    if not _URL.fullmatch(text):
+        raise ValueError("expected an http(s) URL without query, like https://tinker.example.org")
+    return text.rstrip("/")
 
 
 class _Section(BaseModel):
@@ -35,6 +63,27 @@ class ServerConfig(_Section):
     max_compression_ratio: int = Field(200, gt=0)
     long_poll_s: float = Field(25.0, gt=0, le=40)
     """How long retrieve_future waits before it answers 408; the SDK gives up after 45 s."""
+    max_header_bytes: int = Field(64 * 2**10, ge=4096)
+    """Of one request: its first line and all headers."""
+    request_timeout_s: float = Field(30.0, gt=0)
+    """How long a request may take to arrive, or a connection wait for its first one. A body has
+    another second for each KiB that has come: slow lines pass, a byte now and then does not."""
+    max_connections: int = Field(16384, gt=0)
+    """More are closed at once. Every waiting poll is a connection: an SDK client may hold 2,000."""
+    public_url: Annotated[str, AfterValidator(_base_url)] | None = None
+    """Where clients reach this server, for links in answers. None: what the request's own Host
+    header says, which is right without a proxy."""
+    cors_origins: tuple[Annotated[str, AfterValidator(_origin)], ...] = ()
+    """Web pages of other origins whose scripts may call this server. Never a wildcard."""
+    download_url_s: float = Field(3600.0, ge=600, le=7 * 24 * 3600)
+    """Life of the links to a checkpoint's files, which work without a key."""
+
+    def is_loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
 
 
 class AuthConfig(_Section):
@@ -42,11 +91,37 @@ class AuthConfig(_Section):
     api_keys: tuple[SecretStr, ...] = (SecretStr(DEVELOPMENT_KEY),)
     """Shared secrets; each is accepted with and without the prefix ``tml-``."""
 
+    @field_validator("api_keys")
+    @classmethod
+    def _no_empty_key(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        """An empty secret would let in everybody who sends ``tml-``."""
+        if not all(key.get_secret_value().removeprefix(KEY_PREFIX).strip() for key in keys):
+            raise ValueError("a key is empty")
+        return keys
+
+    def secrets(self) -> list[str]:
+        """The keys in clear, without prefix."""
+        return [key.get_secret_value().removeprefix(KEY_PREFIX) for key in self.api_keys]
+
+    def openness(self) -> str | None:
+        """Why strangers could use the server, or None."""
+        if not self.enabled:
+            return "authentication is off"
+        if DEVELOPMENT_KEY in self.secrets():
+            return "it accepts the built-in development key, which everybody knows"
+        return None
+
+    def weakness(self) -> str | None:
+        """What production does not start with, or None."""
+        if any(len(secret) < MIN_PRODUCTION_KEY_CHARS for secret in self.secrets()):
+            return self.openness() or f"a key has fewer than {MIN_PRODUCTION_KEY_CHARS} characters"
+        return self.openness()
+
 
 class StorageConfig(_Section):
     metadata_dir: Path = Path("data/metadata")
     futures_db_name: str = "futures.db"
-    database_url: str | None = None
+    database_url: str | None = Field(None, repr=False)
     """SQLAlchemy URL; default: SQLite at ``metadata_dir / futures_db_name``."""
     checkpoint_dir: Path = Path("data/checkpoints")
     snapshot_dir: Path | None = None
@@ -183,6 +258,8 @@ class HubConfig(_Section):
 class TrainingConfig(_Section):
     """Everything the server can be told. ``TrainingConfig()`` serves the embedded model."""
 
+    environment: Literal["development", "production"] = "development"
+    """``production`` does not start with authentication off, the development key or short keys."""
     server: ServerConfig = ServerConfig()
     auth: AuthConfig = AuthConfig()
     storage: StorageConfig = StorageConfig()
@@ -201,6 +278,15 @@ class TrainingConfig(_Section):
         """The engine's part, complete without the others."""
         spill_dir = self.engine.spill_dir or self.storage.metadata_dir / "spill"
         return self.engine.model_copy(update={"spill_dir": spill_dir.absolute()})
+
+    def check_exposure(self) -> None:
+        """Raises ``ConfigError`` for what must never face a network in production."""
+        if self.environment == "production" and (weakness := self.auth.weakness()):
+            raise ConfigError(
+                f"refusing to start in production: {weakness}. Set TINKER_API_KEY to secrets of "
+                f"{MIN_PRODUCTION_KEY_CHARS} or more random characters, such as those of "
+                "`openssl rand -hex 24`"
+            )
 
     def served_models(self) -> tuple[ModelConfig, ...]:
         return self.supported_models or (ModelConfig(name=EMBEDDED_MODEL),)
@@ -237,8 +323,10 @@ class TrainingConfig(_Section):
 
 
 ENVIRONMENT: Mapping[str, tuple[str, ...]] = {
+    "ENV": ("environment",),
     "TRAINING_HOST": ("server", "host"),
     "TRAINING_PORT": ("server", "port"),
+    "TRAINING_PUBLIC_URL": ("server", "public_url"),
     "TINKER_API_KEY": ("auth", "api_keys"),
     "TRAINING_AUTH": ("auth", "enabled"),
     "METADATA_DIR": ("storage", "metadata_dir"),
@@ -263,14 +351,21 @@ def _environment() -> Mapping[str, str]:
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for variable, place in ENVIRONMENT.items():
-        if (text := environment.get(variable)) in (None, ""):
+        text = environment.get(variable)
+        if not text or (value := _PARSERS.get(variable, str)(text)) is None:
             continue
-        assert text is not None
         section = values
         for key in place[:-1]:
             section = section.setdefault(key, {})
-        section[place[-1]] = _PARSERS.get(variable, str)(text)
+        section[place[-1]] = value
     return values
+
+
+def _parse_environment(text: str) -> str | None:
+    """Other programs have uses of their own for ``ENV``: what is not ours says nothing."""
+    words = {"prod": "production", "dev": "development"}
+    word = text.strip().lower()
+    return words.get(word, word if word in words.values() else None)
 
 
 def _parse_keys(text: str) -> tuple[str, ...]:
@@ -288,7 +383,11 @@ def _parse_models(text: str) -> list[dict[str, Any]]:
     return [{"name": entry} if isinstance(entry, str) else entry for entry in entries]
 
 
-_PARSERS: Mapping[str, Any] = {"TINKER_API_KEY": _parse_keys, "SUPPORTED_MODELS": _parse_models}
+_PARSERS: Mapping[str, Any] = {
+    "ENV": _parse_environment,
+    "TINKER_API_KEY": _parse_keys,
+    "SUPPORTED_MODELS": _parse_models,
+}
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

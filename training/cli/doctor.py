@@ -19,7 +19,7 @@ from rich.table import Table
 from training.cli.options import ConfigFile, Models, load_config
 from training.cli.output import gibibytes, out, package_version
 from training.cli.serve import listening_socket
-from training.config import DEVELOPMENT_KEY, TrainingConfig
+from training.config import TrainingConfig
 from training.core.errors import ConfigError
 from training.models.prepared import damaged_files, read_marker
 from training.models.registry import served_model_info
@@ -136,12 +136,9 @@ def check_port(config: TrainingConfig) -> Iterator[Finding]:
 
 
 def check_keys(config: TrainingConfig) -> Iterator[Finding]:
-    if not config.auth.enabled:
-        yield Finding(
-            "keys", State.NOTE, "authentication is off: whoever reaches the port may use it"
-        )
-    elif DEVELOPMENT_KEY in [key.get_secret_value() for key in config.auth.api_keys]:
-        yield Finding("keys", State.NOTE, "the development key is accepted; set TINKER_API_KEY")
+    if weakness := config.auth.weakness():
+        state = State.BAD if config.environment == "production" else State.NOTE
+        yield Finding("keys", state, f"{weakness}; set TINKER_API_KEY")
     else:
         yield Finding("keys", State.OK, f"{len(config.auth.api_keys)} configured")
 

@@ -16,7 +16,7 @@ import uvicorn
 from training.cli.models import prepare_model, seed
 from training.cli.options import ConfigFile, Models, load_config
 from training.cli.output import err
-from training.config import DEVELOPMENT_KEY, TrainingConfig
+from training.config import DEVELOPMENT_KEY, KEY_PREFIX, TrainingConfig
 from training.core.errors import ConfigError
 from training.models.registry import resolve_model_path, served_model_info
 
@@ -24,7 +24,6 @@ KEEP_ALIVE_S = 75
 """Longer than clients keep idle connections, so that the server is not the one to close them in
 the moment a request is sent."""
 SHUTDOWN_S = 30
-KEY_PREFIX = "tml-"
 
 
 def serve(
@@ -40,6 +39,7 @@ def serve(
 ) -> None:
     """Start the server."""
     config = load_config(config_file, host, port, model)
+    config.check_exposure()
     with listening_socket(config.server.host, config.server.port) as listener:
         for served in config.served_models():
             directory = prepare_model(served, config) if prepare else None
@@ -129,13 +129,13 @@ def listening_socket(host: str, port: int) -> socket.socket:
 
 def banner(config: TrainingConfig, port: int) -> None:
     url = f"http://{_reachable(config.server.host)}:{port}"
-    keys = [key.get_secret_value().removeprefix(KEY_PREFIX) for key in config.auth.api_keys]
+    keys = config.auth.secrets()
     models = [served_model_info(model, config) for model in config.served_models()]
     if not config.auth.enabled:
         key, told = f"{KEY_PREFIX}anything", "not checked (authentication is off)"
     elif DEVELOPMENT_KEY in keys:
         key = told = KEY_PREFIX + DEVELOPMENT_KEY
-        told += " (for development: set TINKER_API_KEY before others can reach this)"
+        told += " (for development)"
     else:
         key, told = "...", f"{len(keys)} configured"
     err.print()
@@ -148,6 +148,18 @@ def banner(config: TrainingConfig, port: int) -> None:
     err.print(f"    export TINKER_API_KEY={key}")
     err.print(f"\n  [dim]Without internet there, also: export HF_ENDPOINT={url}/hf[/]")
     err.print("  [dim]Ctrl-C stops the server.[/]\n")
+    _warn_if_open(config)
+
+
+def _warn_if_open(config: TrainingConfig) -> None:
+    if config.server.is_loopback() or (openness := config.auth.openness()) is None:
+        return
+    err.print(f"  [bold red]WARNING: this server listens to the network, and {openness}.[/]")
+    err.print(
+        "  [red]Whoever reaches it can use it, and can read and change what is trained on it."
+    )
+    err.print("  [red]Set TINKER_API_KEY to long random text, or listen with --host 127.0.0.1.[/]")
+    err.print("  [dim]With ENV=production the server refuses to start like this.[/]\n")
 
 
 def _reachable(host: str) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 
-from training.config import AuthConfig
+from training.config import KEY_PREFIX, AuthConfig
 from training.core.errors import Unauthenticated
 
-_PREFIX = "tml-"
 ANONYMOUS = "anonymous"
 
 
@@ -22,6 +21,10 @@ class Authenticator:
     def __init__(self, config: AuthConfig) -> None:
         self._enabled = config.enabled
         self._digests = [_digest(key.get_secret_value()) for key in config.api_keys]
+
+    @property
+    def enabled(self) -> bool:
+        return self._enabled
 
     def authenticate(self, api_key: str | None, authorization: str | None = None) -> str:
         """The key of either header as an owner id. Raises ``Unauthenticated``."""
@@ -38,7 +41,7 @@ class Authenticator:
 
 
 def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.removeprefix(_PREFIX).encode()).digest()
+    return hashlib.sha256(key.removeprefix(KEY_PREFIX).encode()).digest()
 
 
 def _bearer(authorization: str | None) -> str | None:
