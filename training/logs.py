@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Literal, TextIO, cast
 
 import structlog
+
+MASK = "[secret]"
+_MIN_MASKED_CHARS = 8
+"""A shorter secret is a word that the log may need."""
 
 
 class _Forgiving:
@@ -27,7 +32,33 @@ class _Forgiving:
             self._stream.flush()
 
 
-def configure_logging(log_format: Literal["auto", "console", "json"] = "auto") -> None:
+class _Masking(_Forgiving):
+    """Nothing of ours logs a key; this is for what others put into an exception's text."""
+
+    def __init__(self, stream: TextIO, secrets: Sequence[str]) -> None:
+        super().__init__(stream)
+        masked = {secret for secret in secrets if len(secret) >= _MIN_MASKED_CHARS}
+        self._secrets = sorted(masked, key=len, reverse=True)
+
+    def write(self, text: str) -> int:
+        for secret in self._secrets:
+            text = text.replace(secret, MASK)
+        return super().write(text)
+
+
+class _Relay(logging.Handler):
+    """What libraries log (uvicorn, asyncio) in our own form."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log = structlog.get_logger(record.name)
+        exc_info = record.exc_info if record.exc_info and record.exc_info[0] else None
+        log.log(record.levelno, "library", message=record.getMessage(), exc_info=exc_info)
+
+
+def configure_logging(
+    log_format: Literal["auto", "console", "json"] = "auto", secrets: Sequence[str] = ()
+) -> None:
+    """``secrets`` never reach the log, whoever writes them."""
     on_terminal = sys.stderr.isatty() if log_format == "auto" else log_format == "console"
     renderer: structlog.typing.Processor = (
         structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
@@ -44,5 +75,12 @@ def configure_logging(log_format: Literal["auto", "console", "json"] = "auto") -
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(cast(TextIO, _Forgiving(sys.stderr))),
+        logger_factory=structlog.PrintLoggerFactory(
+            cast(TextIO, _Masking(sys.stderr, secrets)),
+        ),
     )
+
+
+def relay_library_logs() -> None:
+    """For a process of our own: warnings of libraries go the same way as our lines."""
+    logging.basicConfig(level=logging.WARNING, handlers=[_Relay()], force=True)
