@@ -80,11 +80,20 @@ class HubRepo:
 
 def published_repo(name: str, directory: Path, weights: bool = False) -> HubRepo:
     """Reads every configuration and tokenizer file of ``directory`` once (a few megabytes)."""
-    files = [_small_file(directory, name) for name in config_files(directory)]
-    files += [_small_file(directory, name) for name in tokenizer_files(directory)]
+    names = [*config_files(directory), *tokenizer_files(directory)]
+    files = [_small_file(directory, name) for name in names if _is_its_own(directory, name)]
     if weights:
-        files += [_large_file(directory, name) for name in weight_files(directory)]
+        names = weight_files(directory)
+        files += [_large_file(directory, name) for name in names if _is_its_own(directory, name)]
     return HubRepo(name, tuple(sorted(files, key=lambda file: file.name)))
+
+
+def _is_its_own(directory: Path, name: str) -> bool:
+    """Whether a file lies in the model's directory, or in the blobs that a snapshot of the Hugging
+    Face cache links to. A link that leads elsewhere publishes somebody else's file."""
+    found, home = (directory / name).resolve(), directory.resolve()
+    blobs = home.parent.parent / "blobs"
+    return found.is_relative_to(home) or found.is_relative_to(blobs)
 
 
 def _small_file(directory: Path, name: str) -> HubFile:

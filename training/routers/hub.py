@@ -13,7 +13,10 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.routing import APIRoute
 
+from training.core.errors import TooLarge
 from training.models.hub import DEFAULT_REVISION, HubError, HubFile, HubMirror, HubRepo
+
+_MAX_FORM_BYTES = 2**20
 
 
 class _HubRoute(APIRoute):
@@ -67,12 +70,22 @@ def hub_router(mirror: HubMirror) -> APIRouter:
 
     @router.post(model + "/paths-info/{revision}")
     async def paths_info(organization: str, name: str, revision: str, request: Request) -> Response:
-        paths = parse_qs((await request.body()).decode()).get("paths", [])
+        paths = await _form_paths(request)
         repo = await run_in_threadpool(mirror.get, f"{organization}/{name}", revision)
         found = [repo.by_name[path] for path in paths if path in repo.by_name]
         return _json(repo, [_file_entry(file) for file in found])
 
     return router
+
+
+async def _form_paths(request: Request) -> list[str]:
+    """The fields ``paths`` of a form, which anybody may send. Raises ``TooLarge``."""
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > _MAX_FORM_BYTES:
+            raise TooLarge(f"the form is over the limit of {_MAX_FORM_BYTES} bytes")
+    return parse_qs(body.decode(errors="replace")).get("paths", [])
 
 
 def _file_response(repo: HubRepo, file: HubFile) -> Response:
