@@ -25,6 +25,7 @@ MAX_JSON_BYTES = 32 * 2**20
 
 MAX_METADATA_BYTES = 64 * 2**10
 MAX_ENTRIES = 64
+MAX_ID_CHARS = 400
 MAX_CHUNKS = 16384
 _MAX_PROBLEMS = 5
 
@@ -57,7 +58,7 @@ def _few(value: object) -> object:
 
 # NUL is the one character that a PostgreSQL text column cannot hold.
 Text = Annotated[str, StringConstraints(max_length=2000, pattern=r"^[^\x00]*$")]
-Id = Annotated[str, StringConstraints(min_length=1, max_length=400, pattern=r"^[^\x00]*$")]
+Id = Annotated[str, StringConstraints(min_length=1, max_length=MAX_ID_CHARS, pattern=r"^[^\x00]*$")]
 Seq = Annotated[int, Field(ge=0, lt=2**63)]
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Metadata = Annotated[dict[str, Any], AfterValidator(_storable)]

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from training.backends.base import Float32Array, SampleResult, StopReason, TopK, TrainOutput
 from training.core.errors import InvalidRequest, TooLarge
 from training.wire import tinkercloud_pb2 as pb
+from training.wire.json_base import MAX_ID_CHARS
 from training.wire.records import (
     OtherChunk,
     TextChunk,
@@ -75,6 +76,8 @@ def open_forward_backward(body: bytes) -> TrainEnvelope:
     message = _parse(pb.ForwardBackwardEnvelope, body, "body")
     if not message.model_id:
         raise InvalidRequest("model_id is missing")
+    if len(message.model_id) > MAX_ID_CHARS or "\0" in message.model_id:
+        raise InvalidRequest(f"model_id {message.model_id[:50]!r} is none of this server's")
     if message.seq_id < 0:
         raise InvalidRequest(f"seq_id {message.seq_id} is negative")
     return TrainEnvelope(

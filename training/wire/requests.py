@@ -4,9 +4,9 @@ known ones are of exactly the type stated. What the values mean is checked in ``
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import AliasChoices, AwareDatetime, Field
+from pydantic import AfterValidator, AliasChoices, AwareDatetime, Field
 
 from training.wire.json_base import (
     FewOf,
@@ -49,9 +49,14 @@ class FinishReason(WireModel):
     type: Literal["success", "errored", "interrupted"]
 
 
+def _shortened(text: str) -> str:
+    """Free text of a client's own error, which must not keep it from finishing."""
+    return text.replace("\0", "")[:2000]
+
+
 class FinishSessionRequest(WireModel):
     reason: FinishReason = FinishReason(type="success")
-    detail: str | None = None
+    detail: Annotated[str, AfterValidator(_shortened)] | None = None
 
 
 class AssignProjectRequest(WireModel):
