@@ -9,11 +9,13 @@ import structlog
 from fastapi import FastAPI
 
 from training import __version__
-from training.config import DEVELOPMENT_KEY, TrainingConfig
+from training.config import TrainingConfig
 from training.logs import configure_logging
 from training.models.hub import HubMirror
 from training.routers import control, futures, rest, sampling, training
+from training.routers.documentation import complete_openapi, docs_router
 from training.routers.errors import install_error_handlers
+from training.routers.headers import install_headers
 from training.routers.hub import hub_router
 from training.services.server import Server
 
@@ -21,9 +23,13 @@ log = structlog.get_logger(__name__)
 
 
 def create_app(config: TrainingConfig | None = None) -> FastAPI:
-    """An application of its own server; ``config`` defaults to the environment's."""
+    """An application of its own server; ``config`` defaults to the environment's.
+
+    Raises ``ConfigError`` for what production must not start with.
+    """
     config = config or TrainingConfig.from_env()
-    configure_logging(config.log_format)
+    configure_logging(config.log_format, config.auth.secrets())
+    config.check_exposure()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -41,8 +47,13 @@ def create_app(config: TrainingConfig | None = None) -> FastAPI:
         version=__version__,
         description="An open server for the Tinker training API.",
         lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        separate_input_output_schemas=False,
     )
     install_error_handlers(app)
+    install_headers(app, config.server)
+    complete_openapi(app)
     for router in (
         control.open_router,
         control.router,
@@ -51,16 +62,20 @@ def create_app(config: TrainingConfig | None = None) -> FastAPI:
         sampling.router,
         rest.router,
         hub_router(HubMirror(config)),
+        docs_router(app),
     ):
         app.include_router(router)
     return app
 
 
 def _warn_about_keys(config: TrainingConfig) -> None:
-    if not config.auth.enabled:
-        log.warning("auth.disabled", advice="anyone who reaches this port can use the server")
-    elif any(key.get_secret_value() == DEVELOPMENT_KEY for key in config.auth.api_keys):
-        log.warning("auth.development_key", advice="set TINKER_API_KEY to a secret of your own")
+    if openness := config.auth.openness():
+        log.warning(
+            "auth.open",
+            reason=openness,
+            network=not config.server.is_loopback(),
+            advice="set TINKER_API_KEY to long random text before others can reach this port",
+        )
 
 
 def __getattr__(name: str) -> FastAPI:

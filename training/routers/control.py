@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from training.routers.common import API, BodyDep, OwnerDep, ServerDep, answer, json_body, parse
+from training.routers.common import (
+    API,
+    PROBLEMS,
+    BodyDep,
+    OwnerDep,
+    PathId,
+    ServerDep,
+    answer,
+    json_body,
+    parse,
+)
 from training.wire.requests import (
     ClientConfigRequest,
     CreateSessionRequest,
@@ -24,11 +36,17 @@ from training.wire.responses import (
     TelemetryAccepted,
 )
 
-router = APIRouter(prefix=API, tags=["control"])
+router = APIRouter(prefix=API, tags=["control"], responses=PROBLEMS)
 open_router = APIRouter(tags=["health"])
 
+ENGINE_DOWN: dict[int | str, dict[str, Any]] = {
+    503: {"description": "An engine is down.", "content": {"application/json": {}}}
+}
 
-@router.post("/client/config", openapi_extra=json_body(ClientConfigRequest))
+
+@router.post(
+    "/client/config", response_model=ClientConfig, openapi_extra=json_body(ClientConfigRequest)
+)
 async def client_config(server: ServerDep, owner: OwnerDep) -> Response:
     flags = server.config.client
     return answer(
@@ -43,41 +61,53 @@ async def client_config(server: ServerDep, owner: OwnerDep) -> Response:
     )
 
 
-@router.post("/client/dynamic_config", openapi_extra=json_body(ClientConfigRequest))
+@router.post(
+    "/client/dynamic_config",
+    response_model=ClientDynamicConfig,
+    openapi_extra=json_body(ClientConfigRequest),
+)
 async def client_dynamic_config(server: ServerDep, owner: OwnerDep) -> Response:
     enabled = server.config.client.sample_cancel_enabled
     return answer(ClientDynamicConfig(sample_cancel_enabled=enabled))
 
 
-@router.post("/create_session", openapi_extra=json_body(CreateSessionRequest))
+@router.post(
+    "/create_session", response_model=CreatedSession, openapi_extra=json_body(CreateSessionRequest)
+)
 async def create_session(server: ServerDep, owner: OwnerDep, body: BodyDep) -> Response:
     session = await server.sessions.create(owner, await parse(CreateSessionRequest, body))
     return answer(CreatedSession(session_id=session.session_id))
 
 
-@router.post("/session_heartbeat", openapi_extra=json_body(SessionHeartbeatRequest))
+@router.post(
+    "/session_heartbeat", response_model=Heartbeat, openapi_extra=json_body(SessionHeartbeatRequest)
+)
 async def session_heartbeat(server: ServerDep, owner: OwnerDep, body: BodyDep) -> Response:
     request = await parse(SessionHeartbeatRequest, body)
     await server.sessions.heartbeat(owner, request.session_id)
     return answer(Heartbeat())
 
 
-@router.post("/sessions/{session_id}/finish", openapi_extra=json_body(FinishSessionRequest))
+@router.post(
+    "/sessions/{session_id}/finish",
+    status_code=204,
+    openapi_extra=json_body(FinishSessionRequest),
+)
 async def finish_session(
-    session_id: str, server: ServerDep, owner: OwnerDep, body: BodyDep
+    session_id: PathId, server: ServerDep, owner: OwnerDep, body: BodyDep
 ) -> Response:
     request = await parse(FinishSessionRequest, body)
     await server.sessions.finish(owner, session_id, request.reason.type, request.detail)
     return Response(status_code=204)
 
 
-@router.post("/telemetry")
+@router.post("/telemetry", response_model=TelemetryAccepted)
 async def telemetry(owner: OwnerDep, body: BodyDep) -> Response:
     """Accepted and dropped: the server keeps no client telemetry."""
     return answer(TelemetryAccepted())
 
 
-@router.get("/get_server_capabilities")
+@router.get("/get_server_capabilities", response_model=ServerCapabilities)
 async def get_server_capabilities(server: ServerDep, owner: OwnerDep) -> Response:
     supported = [
         SupportedModel(
@@ -88,8 +118,8 @@ async def get_server_capabilities(server: ServerDep, owner: OwnerDep) -> Respons
     return answer(ServerCapabilities(supported_models=supported))
 
 
-@open_router.get(f"{API}/health")
-@open_router.get(f"{API}/healthz")
+@open_router.get(f"{API}/health", response_model=Healthz, responses=ENGINE_DOWN)
+@open_router.get(f"{API}/healthz", response_model=Healthz, responses=ENGINE_DOWN)
 async def health(server: ServerDep) -> Response:
     """Open to all and light; 503 while an engine is down."""
     alive = all(host.backend.health().alive for host in server.hosts.all())
@@ -98,6 +128,6 @@ async def health(server: ServerDep) -> Response:
     return Response(b'{"status":"engine_down"}', 503, media_type="application/json")
 
 
-@open_router.get("/metrics")
+@open_router.get("/metrics", response_class=PlainTextResponse)
 async def metrics() -> Response:
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import structlog
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
 
 from training.core import errors
+from training.core.errors import ErrorCategory
+from training.routers.headers import DATA
+from training.wire.responses import Problem, dump_json
 
 log = structlog.get_logger(__name__)
 
@@ -32,7 +40,20 @@ def status_of(error: errors.TinkercloudError) -> int:
 
 def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(errors.TinkercloudError, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_bad_parameter)
+    app.add_exception_handler(StarletteHTTPException, _on_no_route)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_bug)
+
+
+def _problem(
+    status: int,
+    detail: str,
+    category: ErrorCategory = ErrorCategory.USER,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    body = dump_json(Problem(detail=detail, category=category))
+    return Response(body, status, headers, media_type="application/json")
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
@@ -41,13 +62,34 @@ async def _on_error(request: Request, error: Exception) -> Response:
     headers = {}
     if isinstance(error, errors.Busy):
         headers["Retry-After"] = f"{error.retry_after_s:g}"
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     if status >= 500:
         log.error("request.failed", path=request.url.path, error=str(error))
-    body = {"detail": str(error), "category": error.category.value}
-    return JSONResponse(body, status, headers)
+    return _problem(status, str(error), error.category, headers)
+
+
+async def _on_bad_parameter(request: Request, error: Exception) -> Response:
+    """A path or query parameter; never repeats the value, which may be long or somebody's key."""
+    assert isinstance(error, RequestValidationError)
+    problems = (f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+    return _problem(400, "; ".join(problems))
+
+
+async def _on_no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, StarletteHTTPException)
+    return _problem(error.status_code, error.detail, headers=error.headers)
+
+
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    """Nobody reads this answer; a client that goes away in the middle of a body is no bug."""
+    return _problem(400, "the connection was closed before the body was complete")
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
     """A bug of ours: logged with its traceback, which the client does not get."""
     log.error("request.crashed", path=request.url.path, exc_info=error)
-    return JSONResponse({"detail": "internal error; see the server log"}, 500)
+    answer = _problem(500, "internal error; see the server log", ErrorCategory.SERVER)
+    # This answer is made outside of the middleware that adds them to all others.
+    answer.raw_headers.extend(DATA)
+    return answer

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter
 from fastapi.responses import Response
 
 from training.core.errors import Busy, StorageError
 from training.core.records import Future, FutureStatus
-from training.routers.common import API, BodyDep, OwnerDep, ServerDep, answer, json_body, parse
+from training.routers.common import (
+    API,
+    PROBLEMS,
+    BodyDep,
+    OwnerDep,
+    ServerDep,
+    answer,
+    json_body,
+    parse,
+)
 from training.services.sampling import sample_scope
 from training.wire.requests import RetrieveFutureRequest, RetrieveFuturesRequest
 from training.wire.responses import (
@@ -18,10 +29,18 @@ from training.wire.responses import (
     TryAgain,
 )
 
-router = APIRouter(prefix=API, tags=["futures"])
+router = APIRouter(prefix=API, tags=["futures"], responses=PROBLEMS)
+
+_RESULTS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The result, or why it failed: then there is a field `error`.",
+        "content": {"application/json": {}, "application/x-protobuf": {}},
+    },
+    408: {"model": TryAgain, "description": "Not yet: ask again."},
+}
 
 
-@router.post("/retrieve_future", openapi_extra=json_body(RetrieveFutureRequest))
+@router.post("/retrieve_future", responses=_RESULTS, openapi_extra=json_body(RetrieveFutureRequest))
 async def retrieve_future(server: ServerDep, owner: OwnerDep, body: BodyDep) -> Response:
     """The result's own bytes; 200 with ``error`` for a failure; 408 while there is neither."""
     request = await parse(RetrieveFutureRequest, body)
@@ -38,7 +57,11 @@ async def retrieve_future(server: ServerDep, owner: OwnerDep, body: BodyDep) -> 
     return answer(RequestFailed(error=result.error, category=result.category))
 
 
-@router.post("/retrieve_futures", openapi_extra=json_body(RetrieveFuturesRequest))
+@router.post(
+    "/retrieve_futures",
+    response_model=Completions,
+    openapi_extra=json_body(RetrieveFuturesRequest),
+)
 async def retrieve_futures(server: ServerDep, owner: OwnerDep, body: BodyDep) -> Response:
     """What has settled of one sampling client since its cursor; waits for the first."""
     request = await parse(RetrieveFuturesRequest, body)

@@ -10,7 +10,17 @@ from fastapi.responses import Response
 from training.core.errors import NotFound
 from training.core.ids import CheckpointKind, TinkerPath, checked_name
 from training.core.records import Checkpoint, Model
-from training.routers.common import API, BodyDep, OwnerDep, ServerDep, answer, json_body, parse
+from training.routers.common import (
+    API,
+    PROBLEMS,
+    BodyDep,
+    OwnerDep,
+    PathId,
+    ServerDep,
+    answer,
+    json_body,
+    parse,
+)
 from training.services.server import Server
 from training.wire.requests import SetTtlRequest, WeightsInfoRequest
 from training.wire.responses import (
@@ -25,7 +35,7 @@ from training.wire.responses import (
     text_metadata,
 )
 
-router = APIRouter(prefix=API, tags=["rest"])
+router = APIRouter(prefix=API, tags=["rest"], responses=PROBLEMS)
 
 Limit = Annotated[int, Query(ge=0, le=1000)]
 Offset = Annotated[int, Query(ge=0, lt=2**63)]
@@ -37,7 +47,7 @@ _TYPES: dict[CheckpointKind, Literal["training", "sampler", "external"]] = {
 }
 
 
-@router.get("/training_runs")
+@router.get("/training_runs", response_model=TrainingRunList)
 async def list_training_runs(
     server: ServerDep, owner: OwnerDep, limit: Limit = 20, offset: Offset = 0
 ) -> Response:
@@ -47,18 +57,18 @@ async def list_training_runs(
     return answer(TrainingRunList(training_runs=runs, cursor=cursor))
 
 
-@router.get("/training_runs/{run_id}")
-async def get_training_run(run_id: str, server: ServerDep, owner: OwnerDep) -> Response:
+@router.get("/training_runs/{run_id}", response_model=TrainingRun)
+async def get_training_run(run_id: PathId, server: ServerDep, owner: OwnerDep) -> Response:
     return answer(await _training_run(server, await server.models.get(owner, run_id)))
 
 
-@router.get("/training_runs/{run_id}/checkpoints")
-async def list_checkpoints(run_id: str, server: ServerDep, owner: OwnerDep) -> Response:
+@router.get("/training_runs/{run_id}/checkpoints", response_model=CheckpointList)
+async def list_checkpoints(run_id: PathId, server: ServerDep, owner: OwnerDep) -> Response:
     found = await server.checkpoints.of_run(owner, run_id)
     return answer(CheckpointList(checkpoints=[_checkpoint(item) for item in found]))
 
 
-@router.get("/checkpoints")
+@router.get("/checkpoints", response_model=CheckpointList)
 async def list_user_checkpoints(
     server: ServerDep, owner: OwnerDep, limit: Limit = 100, offset: Offset = 0
 ) -> Response:
@@ -67,26 +77,30 @@ async def list_user_checkpoints(
     return answer(CheckpointList(checkpoints=[_checkpoint(item) for item in found], cursor=cursor))
 
 
-@router.delete("/training_runs/{run_id}/checkpoints/{kind}/{name}")
+@router.delete("/training_runs/{run_id}/checkpoints/{kind}/{name}", status_code=204)
 async def delete_checkpoint(
-    run_id: str, kind: str, name: str, server: ServerDep, owner: OwnerDep
+    run_id: PathId, kind: PathId, name: PathId, server: ServerDep, owner: OwnerDep
 ) -> Response:
     await server.checkpoints.delete(owner, _path(run_id, kind, name))
     return Response(status_code=204)
 
 
 @router.put(
-    "/training_runs/{run_id}/checkpoints/{kind}/{name}/ttl", openapi_extra=json_body(SetTtlRequest)
+    "/training_runs/{run_id}/checkpoints/{kind}/{name}/ttl",
+    status_code=204,
+    openapi_extra=json_body(SetTtlRequest),
 )
 async def set_checkpoint_ttl(
-    run_id: str, kind: str, name: str, server: ServerDep, owner: OwnerDep, body: BodyDep
+    run_id: PathId, kind: PathId, name: PathId, server: ServerDep, owner: OwnerDep, body: BodyDep
 ) -> Response:
     request = await parse(SetTtlRequest, body)
     await server.checkpoints.set_ttl(owner, _path(run_id, kind, name), request.ttl_seconds)
     return Response(status_code=204)
 
 
-@router.post("/weights_info", openapi_extra=json_body(WeightsInfoRequest))
+@router.post(
+    "/weights_info", response_model=WeightsInfo, openapi_extra=json_body(WeightsInfoRequest)
+)
 async def weights_info(server: ServerDep, owner: OwnerDep, body: BodyDep) -> Response:
     request = await parse(WeightsInfoRequest, body)
     found = await server.checkpoints.readable(owner, TinkerPath.parse(request.tinker_path))
@@ -103,8 +117,8 @@ async def weights_info(server: ServerDep, owner: OwnerDep, body: BodyDep) -> Res
     )
 
 
-@router.get("/sessions/{session_id}")
-async def get_session(session_id: str, server: ServerDep, owner: OwnerDep) -> Response:
+@router.get("/sessions/{session_id}", response_model=SessionInfo)
+async def get_session(session_id: PathId, server: ServerDep, owner: OwnerDep) -> Response:
     session = await server.sessions.get(owner, session_id)
     runs = await server.models.of_session(session_id)
     samplers = await server.sampling.of_session(session_id)

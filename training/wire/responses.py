@@ -40,6 +40,13 @@ def text_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+class Problem(Answer):
+    """Of every refused request."""
+
+    detail: str
+    category: ErrorCategory
+
+
 # --------------------------------------------------------------------------- control, sessions
 
 
