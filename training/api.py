@@ -12,11 +12,12 @@ from training import __version__
 from training.config import TrainingConfig
 from training.logs import configure_logging
 from training.models.hub import HubMirror
-from training.routers import control, futures, rest, sampling, training
+from training.routers import control, downloads, futures, rest, sampling, training
 from training.routers.documentation import complete_openapi, docs_router
 from training.routers.errors import install_error_handlers
 from training.routers.headers import install_headers
 from training.routers.hub import hub_router
+from training.services.downloads import open_downloads
 from training.services.server import Server
 
 log = structlog.get_logger(__name__)
@@ -36,8 +37,9 @@ def create_app(config: TrainingConfig | None = None) -> FastAPI:
         _warn_about_keys(config)
         server = Server(config)
         await server.start()
-        app.state.server = server
         try:
+            app.state.downloads = await open_downloads(server)
+            app.state.server = server
             yield
         finally:
             await server.close()
@@ -61,6 +63,7 @@ def create_app(config: TrainingConfig | None = None) -> FastAPI:
         futures.router,
         sampling.router,
         rest.router,
+        downloads.router,
         hub_router(HubMirror(config)),
         docs_router(app),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,6 +12,7 @@ from typing import Literal, TextIO, cast
 import structlog
 
 MASK = "[secret]"
+_SIGNATURE = re.compile(r"(signature=)[^&\s]+")
 _MIN_MASKED_CHARS = 8
 """A shorter secret is a word that the log may need."""
 
@@ -46,6 +48,19 @@ class _Masking(_Forgiving):
         return super().write(text)
 
 
+class _MaskedLinks(logging.Filter):
+    """uvicorn's access log, where somebody has it on, tells whole paths; a link to a file is its
+    own permission."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple):
+            record.args = tuple(
+                _SIGNATURE.sub(rf"\1{MASK}", arg) if isinstance(arg, str) else arg
+                for arg in record.args
+            )
+        return True
+
+
 class _Relay(logging.Handler):
     """What libraries log (uvicorn, asyncio) in our own form."""
 
@@ -59,6 +74,9 @@ def configure_logging(
     log_format: Literal["auto", "console", "json"] = "auto", secrets: Sequence[str] = ()
 ) -> None:
     """``secrets`` never reach the log, whoever writes them."""
+    access_log = logging.getLogger("uvicorn.access")
+    if not any(isinstance(old, _MaskedLinks) for old in access_log.filters):
+        access_log.addFilter(_MaskedLinks())
     on_terminal = sys.stderr.isatty() if log_format == "auto" else log_format == "console"
     renderer: structlog.typing.Processor = (
         structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())

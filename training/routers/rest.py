@@ -81,7 +81,7 @@ async def list_user_checkpoints(
 async def delete_checkpoint(
     run_id: PathId, kind: PathId, name: PathId, server: ServerDep, owner: OwnerDep
 ) -> Response:
-    await server.checkpoints.delete(owner, _path(run_id, kind, name))
+    await server.checkpoints.delete(owner, checkpoint_path(run_id, kind, name))
     return Response(status_code=204)
 
 
@@ -94,7 +94,9 @@ async def set_checkpoint_ttl(
     run_id: PathId, kind: PathId, name: PathId, server: ServerDep, owner: OwnerDep, body: BodyDep
 ) -> Response:
     request = await parse(SetTtlRequest, body)
-    await server.checkpoints.set_ttl(owner, _path(run_id, kind, name), request.ttl_seconds)
+    await server.checkpoints.set_ttl(
+        owner, checkpoint_path(run_id, kind, name), request.ttl_seconds
+    )
     return Response(status_code=204)
 
 
@@ -132,7 +134,7 @@ async def get_session(session_id: PathId, server: ServerDep, owner: OwnerDep) ->
     )
 
 
-def _path(run_id: str, kind: str, name: str) -> TinkerPath:
+def checkpoint_path(run_id: str, kind: str, name: str) -> TinkerPath:
     if kind not in set(CheckpointKind):
         raise NotFound(f"no such kind of checkpoint: {kind[:50]}")
     return TinkerPath(run_id, CheckpointKind(kind), checked_name(name))
