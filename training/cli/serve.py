@@ -13,11 +13,13 @@ from typing import Annotated, Any
 import typer
 import uvicorn
 
+from training.cli.connections import guarded_protocol
 from training.cli.models import prepare_model, seed
 from training.cli.options import ConfigFile, Models, load_config
 from training.cli.output import err
-from training.config import DEVELOPMENT_KEY, KEY_PREFIX, TrainingConfig
+from training.config import DEVELOPMENT_KEY, KEY_PREFIX, ServerConfig, TrainingConfig
 from training.core.errors import ConfigError
+from training.logs import relay_library_logs
 from training.models.registry import resolve_model_path, served_model_info
 
 KEEP_ALIVE_S = 75
@@ -51,22 +53,31 @@ def serve(
 
         app = create_app(config)
         port = listener.getsockname()[1]
-        run(app, listener, lambda: banner(config, port), lambda: app.state.server.stop_waiting())
+        run(
+            app,
+            listener,
+            config.server,
+            lambda: banner(config, port),
+            lambda: app.state.server.stop_waiting(),
+        )
 
 
 def run(
     app: Callable[..., Any],
     listener: socket.socket,
+    limits: ServerConfig,
     on_started: Callable[[], None],
     on_stopping: Callable[[], None],
 ) -> None:
     """Serves an ASGI application until SIGINT or SIGTERM, then finishes running requests and exits
     with 0. ``on_stopping`` runs before that: whoever waits for long is to be answered."""
+    relay_library_logs()
     server = _Server(
         uvicorn.Config(
             app,
             loop="uvloop",
-            http="httptools",
+            http=guarded_protocol(limits),
+            ws="none",
             lifespan="on",
             log_config=None,
             access_log=False,

@@ -73,6 +73,6 @@ async def download(
 
 def base_url(request: Request, server: Server) -> str:
     """Configured, or what the client itself says that it reached: never a third party's word,
-    since the answer goes to that client alone and is kept by no cache. (Starlette takes the socket's
-    own address where the header names no host.)"""
+    since the answer goes to that client alone and is kept by no cache. (Starlette takes the
+    socket's own address where the header names no host.)"""
     return server.config.server.public_url or str(request.base_url).rstrip("/")
