@@ -47,7 +47,8 @@ ENGINE_DOWN: dict[int | str, dict[str, Any]] = {
 @router.post(
     "/client/config", response_model=ClientConfig, openapi_extra=json_body(ClientConfigRequest)
 )
-async def client_config(server: ServerDep, owner: OwnerDep) -> Response:
+async def client_config(server: ServerDep, owner: OwnerDep, body: BodyDep) -> Response:
+    await parse(ClientConfigRequest, body)
     flags = server.config.client
     return answer(
         ClientConfig(
@@ -66,7 +67,8 @@ async def client_config(server: ServerDep, owner: OwnerDep) -> Response:
     response_model=ClientDynamicConfig,
     openapi_extra=json_body(ClientConfigRequest),
 )
-async def client_dynamic_config(server: ServerDep, owner: OwnerDep) -> Response:
+async def client_dynamic_config(server: ServerDep, owner: OwnerDep, body: BodyDep) -> Response:
+    await parse(ClientConfigRequest, body)
     enabled = server.config.client.sample_cancel_enabled
     return answer(ClientDynamicConfig(sample_cancel_enabled=enabled))
 

@@ -17,6 +17,12 @@ from training.core.errors import TooLarge
 from training.models.hub import DEFAULT_REVISION, HubError, HubFile, HubMirror, HubRepo
 
 _MAX_FORM_BYTES = 2**20
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    "4XX": {
+        "description": "Not served here; `X-Error-Code` says what, as the hub does.",
+        "content": {"application/json": {}, "text/plain": {}},
+    }
+}
 
 
 class _HubRoute(APIRoute):
@@ -43,11 +49,15 @@ class _HubRoute(APIRoute):
 def hub_router(mirror: HubMirror) -> APIRouter:
     """Routes relative to the application's root. Handlers are plain functions: they read files."""
 
-    router = APIRouter(prefix="/hf", tags=["hub mirror"], route_class=_HubRoute)
+    router = APIRouter(
+        prefix="/hf", tags=["hub mirror"], route_class=_HubRoute, responses=_REFUSALS
+    )
     model = "/api/models/{organization}/{name}"
 
-    @router.get("/{organization}/{name}/resolve/{revision}/{path:path}")
-    @router.head("/{organization}/{name}/resolve/{revision}/{path:path}")
+    @router.head("/{organization}/{name}/resolve/{revision}/{path:path}", include_in_schema=False)
+    @router.get(
+        "/{organization}/{name}/resolve/{revision}/{path:path}", response_class=FileResponse
+    )
     def resolve(organization: str, name: str, revision: str, path: str) -> Response:
         repo = mirror.get(f"{organization}/{name}", revision)
         return _file_response(repo, repo.file(path))
