@@ -33,6 +33,7 @@ def operation(
     kind: FutureKind = FutureKind.FORWARD_BACKWARD,
     work: Work | None = None,
     arrived_s: float = 0.0,
+    owner: str = "",
 ) -> Operation:
     chosen = work if work is not None else train_work()
-    return Operation(f"{model_id}/{seq}", model_id, seq, kind, chosen, arrived_s)
+    return Operation(f"{model_id}/{seq}", model_id, seq, kind, chosen, arrived_s, owner)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.core.builders import operation
-from training.core.model_queue import ModelQueue
+from training.core.model_queue import LONGEST_RUN, ModelQueue
 
 
 @given(st.permutations(range(1, 12)))
@@ -56,3 +56,16 @@ def test_only_the_head_can_be_taken() -> None:
     queue.pop(first)
     assert [item.seq for item in queue.drain()] == [2]
     assert len(queue) == 0
+
+
+def test_a_long_queue_is_looked_at_in_pieces() -> None:
+    queue = ModelQueue("m", lambda: 0, next_seq=1)
+    for seq in range(1, 2 * LONGEST_RUN):
+        queue.push(operation(seq=seq))
+    ran = []
+    while ready := queue.run_of_ready():
+        assert len(ready) <= LONGEST_RUN
+        for item in ready:
+            queue.pop(item)
+            ran.append(item.seq)
+    assert ran == list(range(1, 2 * LONGEST_RUN))

@@ -103,7 +103,13 @@ class Harness:
         snapshots: SnapshotPolicy | None = None,
     ) -> None:
         await self.backend.start()
-        policy = TaskPolicy(1000, gap_timeout_s, max_pending, snapshots or SnapshotPolicy(1000))
+        policy = TaskPolicy(
+            unit_tokens=1000,
+            turn_tokens=1000,
+            gap_timeout_s=gap_timeout_s,
+            max_pending_per_model=max_pending,
+            snapshots=snapshots or SnapshotPolicy(1000),
+        )
         self.tasks = TaskManager(self.backend, self, encode, policy)
         await self.tasks.start()
         for slot, model_id in enumerate("mn"):

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from training.core.operations import Operation, SlotOf
 from training.core.progress import Progress
 
+LONGEST_RUN = 64
+
 
 class ModelQueue:
     """``next_seq`` is the one that may run next; later ones wait for it.
@@ -85,12 +87,13 @@ class ModelQueue:
         return self._waiting.get(self.next_seq)
 
     def run_of_ready(self) -> list[Operation]:
-        """The operations that may run one after the other now, oldest first."""
-        ready = []
-        seq = self.next_seq
-        while (operation := self._waiting.get(seq)) is not None:
+        """The operations that may run one after the other now, oldest first; not all of a long
+        queue, which is looked at for every unit."""
+        ready: list[Operation] = []
+        while (operation := self._waiting.get(self.next_seq + len(ready))) is not None:
             ready.append(operation)
-            seq += 1
+            if len(ready) == LONGEST_RUN:
+                break
         return ready
 
     def pop(self, operation: Operation) -> None:

@@ -85,7 +85,7 @@ Work = TrainWork | OptimWork | CallWork | RefusedWork | StoredWork
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """``arrived_s`` is a monotonic time; fairness between models goes by it.
+    """``arrived_s`` is a monotonic time; of one owner's operations the oldest goes first.
 
     ``stored`` is there when the operation came from the database; with an outcome, the operation
     is part of a replay and settles nothing. ``deaths`` counts engines that crashed running it.

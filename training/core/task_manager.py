@@ -16,6 +16,7 @@ import structlog
 from training.backends.base import TrainerBackend
 from training.core import metrics
 from training.core.errors import BackendDead, BackendError, Busy, Gone, TinkercloudError
+from training.core.fairness import FairShares
 from training.core.gathering import Gathering
 from training.core.keeper import Keeper
 from training.core.model_queue import ModelQueue
@@ -45,6 +46,7 @@ _MAX_REPLAY_FAILURES = 3
 @dataclass(frozen=True)
 class TaskPolicy:
     unit_tokens: int = 16384
+    turn_tokens: int = 1024
     gap_timeout_s: float = 60.0
     max_pending_per_model: int = 4096
     snapshots: SnapshotPolicy = field(default_factory=SnapshotPolicy)
@@ -67,6 +69,7 @@ class TaskManager:
         self._closed: dict[str, TinkercloudError] = {}
         self._gap_since_s: dict[str, float] = {}
         self._gathering = Gathering()
+        self._shares = FairShares(policy.turn_tokens)
         self._wake = asyncio.Event()
         self._settling = Settling(keeper)
         self._saving = Saving(keeper, self._settling, policy.snapshots, self._wake.set)
@@ -207,7 +210,8 @@ class TaskManager:
                 await self._save(save)
                 continue
             ready = [run for queue in self._queues.values() if (run := self._ready(queue))]
-            plan = plan_next(ready, self._policy.unit_tokens)
+            standing = self._shares.standing((run[0].owner for run in ready), now_s)
+            plan = plan_next(ready, self._policy.unit_tokens, standing)
             if plan is None:
                 await self._sleep(save)
                 continue
@@ -218,6 +222,7 @@ class TaskManager:
             plan = replace(plan, operations=self.suspects.cut(plan.operations))
             for operation in plan.operations:
                 self._queues[operation.model_id].pop(operation)
+            self._shares.took(plan.operations, time.monotonic())
             if plan.kind is PlanKind.CALL:
                 self._start_call(plan.operations[0])
             else:

@@ -136,6 +136,7 @@ def task_policy(config: TrainingConfig) -> TaskPolicy:
     durability = config.durability
     return TaskPolicy(
         unit_tokens=config.scheduler.unit_tokens,
+        turn_tokens=config.scheduler.turn_tokens,
         gap_timeout_s=config.scheduler.gap_timeout_s,
         max_pending_per_model=config.scheduler.max_pending_per_model,
         snapshots=SnapshotPolicy(
