@@ -208,7 +208,24 @@ class SchedulerConfig(_Section):
     gap_timeout_s: float = Field(60.0, gt=0)
     """How long later operations of a model wait for a missing seq_id."""
     max_pending_per_model: int = Field(4096, gt=0)
+    max_pending_operations: int = Field(65536, gt=0)
+    """Of all models, accepted and not yet done. Where several keys are configured, each may fill at
+    most as much of this and of the next two as it leaves free."""
     max_pending_samples: int = Field(20000, gt=0)
+    max_pending_bytes: int = Field(4 * 2**30, gt=0)
+    """Of the bodies of both, which are in memory until they have run."""
+
+
+class QuotaConfig(_Section):
+    """What each key may have at once; None: no limit but the server's own. What waits and is over
+    its quota gets 429 and comes again; one session, model or checkpoint too many is refused."""
+
+    max_sessions: int | None = Field(20000, gt=0)
+    max_models: int | None = Field(None, gt=0)
+    max_pending_operations: int | None = Field(16384, gt=0)
+    max_pending_samples: int | None = Field(None, gt=0)
+    max_pending_bytes: int | None = Field(2 * 2**30, gt=0)
+    max_checkpoint_bytes: int | None = Field(None, gt=0)
 
 
 class DurabilityConfig(_Section):
@@ -272,6 +289,7 @@ class TrainingConfig(_Section):
     engine: EngineConfig = EngineConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     durability: DurabilityConfig = DurabilityConfig()
+    quota: QuotaConfig = QuotaConfig()
     session: SessionConfig = SessionConfig()
     client: ClientConfig = ClientConfig()
     hub: HubConfig = HubConfig()

@@ -8,6 +8,7 @@
     │   ├── NotFound              no such object, or somebody else's
     │   ├── Gone                  the object existed and has ended
     │   ├── TooLarge              over a configured limit
+    │   ├── OverQuota             the caller has as much as it may have, until it ends some of it
     │   └── Busy                  over a queue limit; carries when to try again
     ├── BackendError              the computation did not happen
     │   ├── UserError             this operation is wrong; its model survives
@@ -64,6 +65,10 @@ class Gone(RequestError):
 
 
 class TooLarge(RequestError):
+    pass
+
+
+class OverQuota(RequestError):
     pass
 
 

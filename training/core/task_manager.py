@@ -155,14 +155,17 @@ class TaskManager:
         await self.run_between(nothing)
         await self._settling.drained(model_id)
 
-    def check_room(self, model_id: str, seq: int) -> None:
-        """Raises ``Busy`` before anything is stored for a model whose queue is full; the operation
-        that all others wait for is always let in."""
+    def check_room(self, model_id: str, seq: int) -> bool:
+        """Raises ``Busy`` before anything is stored for a model whose queue is full. True for the
+        operation that all others of the model wait for: it is always let in."""
         queue = self._queues.get(model_id)
-        if queue is None or seq <= queue.next_seq:
-            return
+        if queue is None:
+            return False
+        if seq <= queue.next_seq:
+            return True
         if len(queue) >= self._policy.max_pending_per_model:
             raise Busy(f"{len(queue)} operations of this model are waiting", retry_after_s=1.0)
+        return False
 
     def submit(self, operation: Operation) -> None:
         queue = self._queues.get(operation.model_id)

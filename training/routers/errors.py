@@ -24,6 +24,7 @@ STATUS: dict[type[errors.TinkercloudError], int] = {
     errors.NotFound: 404,
     errors.Gone: 410,
     errors.TooLarge: 413,
+    errors.OverQuota: 403,
     errors.Busy: 429,
     errors.UserError: 400,
     errors.BackendError: 503,

@@ -30,6 +30,7 @@ from training.services.loaded import LoadedModel
 from training.services.model_loading import readable_checkpoint
 from training.services.models import ModelService
 from training.services.operations import OperationDesk
+from training.services.quotas import Quotas
 from training.services.results import done_json
 from training.storage.database import Connection, Database
 from training.storage.files import CheckpointFiles
@@ -58,11 +59,13 @@ class CheckpointService:
         files: CheckpointFiles,
         models: ModelService,
         desk: OperationDesk,
+        quotas: Quotas,
     ) -> None:
         self._database = database
         self._files = files
         self._models = models
         self._desk = desk
+        self._quotas = quotas
         self._reaper: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -156,6 +159,8 @@ class CheckpointService:
         async def run() -> Finish:
             if not overwrite and await self._database.read(checkpoints.get, path) is not None:
                 raise InvalidRequest(_taken(path))
+            used = await self._database.read(checkpoints.owned_bytes, model.owner)
+            self._quotas.check_checkpoint_bytes(used)
             finish = await self._capture(loaded, write)
 
             async def outcome() -> Outcome:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
@@ -46,6 +47,11 @@ class LoadedModels:
 
     def of_session(self, session_id: str) -> list[LoadedModel]:
         return [each for each in self._models.values() if each.model.session_id == session_id]
+
+    def num_by_owner(self) -> Counter[str]:
+        """Models that hold a slot."""
+        held = (each for each in self._models.values() if each.slot is not None)
+        return Counter(each.model.owner for each in held)
 
     def add(self, loaded: LoadedModel) -> None:
         self._models[loaded.model.model_id] = loaded

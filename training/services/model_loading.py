@@ -24,6 +24,7 @@ from training.core.threads import in_thread
 from training.core.unit_runner import failed
 from training.services.loaded import LoadedModel, LoadedModels
 from training.services.model_snapshots import Adopted, ModelSnapshots
+from training.services.quotas import Quotas
 from training.services.results import done_json
 from training.services.sessions import SessionService
 from training.storage.database import Connection, Database
@@ -44,12 +45,14 @@ class ModelLoader:
         sessions: SessionService,
         loaded: LoadedModels,
         snapshots: ModelSnapshots,
+        quotas: Quotas,
     ) -> None:
         self._database = database
         self._files = files
         self._sessions = sessions
         self._loaded = loaded
         self._snapshots = snapshots
+        self._quotas = quotas
 
     def creation(self, loaded: LoadedModel, request: LoadWeightsRequest | None) -> CallWork:
         """Puts the model into a slot: fresh, or from the checkpoint that ``request`` names."""
@@ -138,6 +141,8 @@ class ModelLoader:
     async def _fill_slot(self, loaded: LoadedModel, seq: int, adopted: Adopted | None) -> None:
         host, model = loaded.host, loaded.model
         if loaded.slot is None:
+            held = self._loaded.num_by_owner()
+            self._quotas.check_models(model.owner, held, host.capabilities().max_slots)
             loaded.slot = host.slots.allocate(model.model_id)
         directory = None if adopted is None else self._snapshots.path(adopted)
         with_optimizer = adopted is not None and adopted.with_optimizer

@@ -12,6 +12,7 @@ from training.core.operations import Operation, TrainWork, Work
 from training.core.records import FutureKind, Model, NewFuture, utcnow
 from training.services.hosts import Host
 from training.services.promises import Promises
+from training.services.quotas import Quotas
 from training.storage.database import Connection
 from training.storage.repositories import futures, models
 
@@ -44,8 +45,9 @@ class Incoming:
 
 
 class OperationDesk:
-    def __init__(self, promises: Promises) -> None:
+    def __init__(self, promises: Promises, quotas: Quotas) -> None:
         self._promises = promises
+        self._quotas = quotas
 
     def incoming(
         self, kind: FutureKind, model: Model, seq: int | None, payload: bytes, content_type: str
@@ -69,7 +71,8 @@ class OperationDesk:
 
         ``opened`` runs between the two, for an operation that makes its own queue.
         """
-        host.tasks.check_room(incoming.model_id, incoming.seq)
+        if not host.tasks.check_room(incoming.model_id, incoming.seq):
+            self._quotas.check(incoming.owner, incoming.kind, len(incoming.payload))
         arrived_s = time.monotonic()
 
         def store(connection: Connection) -> None:

@@ -22,8 +22,16 @@ from training.core.errors import (
     TinkercloudError,
 )
 from training.core.operations import Outcome
-from training.core.records import Future, FutureResult, FutureStatus, NewFuture, utcnow
+from training.core.records import (
+    Future,
+    FutureKind,
+    FutureResult,
+    FutureStatus,
+    NewFuture,
+    utcnow,
+)
 from training.core.unit_runner import failed
+from training.services.quotas import Quotas
 from training.storage.database import Connection, Database
 from training.storage.repositories import futures
 
@@ -41,13 +49,17 @@ class _Entry:
 
     owner: str
     scope: str
+    kind: FutureKind
+    num_bytes: int
+    """Of the request, which waits in memory."""
     result: FutureResult | None = None
     settled: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Promises:
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, quotas: Quotas) -> None:
         self._database = database
+        self._quotas = quotas
         self._pending: dict[str, _Entry] = {}
         self._recent: OrderedDict[str, _Entry] = OrderedDict()
         self._recent_bytes = 0
@@ -88,14 +100,16 @@ class Promises:
                 also(connection)
             return stored
 
-        self._pending[new.request_id] = _Entry(new.owner, new.scope)
+        self._hold(
+            new.request_id, _Entry(new.owner, new.scope, new.kind, num_bytes=len(new.payload))
+        )
         try:
             stored = await self._database.write(store)
         except BaseException:
-            del self._pending[new.request_id]
+            self._release(new.request_id)
             raise
         if not stored.is_new:
-            del self._pending[new.request_id]
+            self._release(new.request_id)
         return stored
 
     async def refuse(self, new: NewFuture, error: TinkercloudError) -> futures.Stored:
@@ -110,9 +124,9 @@ class Promises:
             self._wake(new.request_id, result)
         return stored
 
-    def adopt(self, future: Future) -> None:
+    def adopt(self, future: Future, num_bytes: int = 0) -> None:
         """Takes over a promise that an earlier process accepted."""
-        self._pending[future.request_id] = _Entry(future.owner, future.scope)
+        self._hold(future.request_id, _Entry(future.owner, future.scope, future.kind, num_bytes))
 
     async def settle(self, request_id: str, result: FutureResult) -> None:
         """Commits the outcome and wakes whoever waits; a promise settles once.
@@ -139,7 +153,7 @@ class Promises:
         self._wake(request_id, result if completion is not None else None)
 
     def _wake(self, request_id: str, result: FutureResult | None) -> None:
-        entry = self._pending.pop(request_id, None)
+        entry = self._release(request_id)
         if result is None or entry is None:
             return
         entry.result = result
@@ -201,6 +215,16 @@ class Promises:
 
     def num_pending(self) -> int:
         return len(self._pending)
+
+    def _hold(self, request_id: str, entry: _Entry) -> None:
+        self._pending[request_id] = entry
+        self._quotas.take(entry.owner, entry.kind, entry.num_bytes)
+
+    def _release(self, request_id: str) -> _Entry | None:
+        entry = self._pending.pop(request_id, None)
+        if entry is not None:
+            self._quotas.give_back(entry.owner, entry.kind, entry.num_bytes)
+        return entry
 
     async def _commit_outcome(self, request_id: str, outcome: Outcome) -> int | None:
         """The completion number, or None if it was settled before. Raises what ``also`` raises."""

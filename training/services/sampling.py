@@ -8,12 +8,10 @@ import hashlib
 import structlog
 
 from training.backends.base import SampleRequest, SampleResult
-from training.config import SchedulerConfig
 from training.core import ids, metrics
 from training.core.errors import (
     BackendDead,
     BackendError,
-    Busy,
     InvalidRequest,
     NotFound,
     TinkercloudError,
@@ -34,6 +32,7 @@ from training.core.unit_runner import failed
 from training.services.checkpoints import CheckpointService
 from training.services.hosts import Host, Hosts
 from training.services.promises import Promises
+from training.services.quotas import Quotas
 from training.services.results import done_protobuf
 from training.services.sessions import SessionService
 from training.storage.database import Database
@@ -58,7 +57,7 @@ class SamplingService:
         sessions: SessionService,
         checkpoints: CheckpointService,
         promises: Promises,
-        config: SchedulerConfig,
+        quotas: Quotas,
     ) -> None:
         self._database = database
         self._files = files
@@ -66,7 +65,7 @@ class SamplingService:
         self._sessions = sessions
         self._checkpoints = checkpoints
         self._promises = promises
-        self._config = config
+        self._quotas = quotas
         self._running: dict[str, asyncio.Task[None]] = {}
 
     async def close(self) -> None:
@@ -145,8 +144,6 @@ class SamplingService:
         """Accepts a request; returns its id and the ids of its sequences to come."""
         if request.sampling_session_id is None:
             raise InvalidRequest("sampling_session_id is missing")
-        if len(self._running) >= self._config.max_pending_samples:
-            raise Busy(f"{len(self._running)} sampling requests are waiting", retry_after_s=1.0)
         session = await self.get_session(owner, request.sampling_session_id)
         await self._sessions.get_active(owner, session.session_id)
         new = NewFuture(
@@ -160,6 +157,7 @@ class SamplingService:
             payload=payload,
             content_type="application/json",
         )
+        self._quotas.check(owner, FutureKind.SAMPLE, len(payload))
         stored = await self._promises.accept(new)
         if stored.is_new:
             self._start(stored.request_id, session, request)

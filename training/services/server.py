@@ -22,6 +22,7 @@ from training.services.model_snapshots import ModelSnapshots
 from training.services.models import ModelService
 from training.services.operations import OperationDesk
 from training.services.promises import Promises
+from training.services.quotas import Quotas
 from training.services.sampling import SamplingService
 from training.services.sessions import SessionService
 from training.services.training import (
@@ -43,6 +44,7 @@ class Server:
     auth: Authenticator
     database: Database
     files: CheckpointFiles
+    quotas: Quotas
     promises: Promises
     hosts: Hosts
     sessions: SessionService
@@ -56,14 +58,18 @@ class Server:
         self.auth = Authenticator(config.auth)
         self.database = Database(config.storage.resolved_database_url())
         self.files = CheckpointFiles(config.storage.checkpoint_dir)
-        self.promises = Promises(self.database)
+        is_shared = config.auth.enabled and len(config.auth.api_keys) > 1
+        self.quotas = Quotas(config.quota, config.scheduler, is_shared)
+        self.promises = Promises(self.database, self.quotas)
         durability = config.durability
         snapshot_files = CheckpointFiles(config.storage.resolved_snapshot_dir())
         self._loaded = LoadedModels()
         self.snapshots = ModelSnapshots(self.database, snapshot_files, durability.snapshots_kept)
         self.keeper = ModelKeeper(self.database, self.promises, self._loaded, self.snapshots)
         self.janitor = Janitor(self.database, self.promises, durability.results_kept_s)
-        self.sessions = SessionService(self.database, config.session, self._session_ended)
+        self.sessions = SessionService(
+            self.database, config.session, self.quotas, self._session_ended
+        )
         self._running = AsyncExitStack()
 
     async def start(self) -> None:
@@ -97,13 +103,17 @@ class Server:
 
     def _assemble(self) -> None:
         """The services above the hosts."""
-        desk = OperationDesk(self.promises)
-        loader = ModelLoader(self.database, self.files, self.sessions, self._loaded, self.snapshots)
+        desk = OperationDesk(self.promises, self.quotas)
+        loader = ModelLoader(
+            self.database, self.files, self.sessions, self._loaded, self.snapshots, self.quotas
+        )
         self.models = ModelService(
             self.database, self.hosts, self.sessions, desk, self._loaded, loader, self.snapshots
         )
         self.training = TrainingService(self.models, desk)
-        self.checkpoints = CheckpointService(self.database, self.files, self.models, desk)
+        self.checkpoints = CheckpointService(
+            self.database, self.files, self.models, desk, self.quotas
+        )
         self.sampling = SamplingService(
             self.database,
             self.files,
@@ -111,7 +121,7 @@ class Server:
             self.sessions,
             self.checkpoints,
             self.promises,
-            self.config.scheduler,
+            self.quotas,
         )
         self.keeper.decoders = {
             FutureKind.CREATE_MODEL: loader.decode_creation,

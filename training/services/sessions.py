@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
@@ -13,6 +14,7 @@ from training.config import SessionConfig
 from training.core import ids
 from training.core.errors import Gone, NotFound, StorageError
 from training.core.records import Session, SessionStatus, utcnow
+from training.services.quotas import Quotas
 from training.storage.database import Database
 from training.storage.repositories import sessions
 from training.wire.requests import CreateSessionRequest
@@ -20,6 +22,7 @@ from training.wire.requests import CreateSessionRequest
 log = structlog.get_logger(__name__)
 
 _FLUSH_S = 10.0
+_BEATS_AT_ONCE = 500
 
 
 class SessionService:
@@ -29,10 +32,14 @@ class SessionService:
         self,
         database: Database,
         config: SessionConfig,
+        quotas: Quotas,
         on_end: Callable[[str, str], Awaitable[None]],
     ) -> None:
         self._database = database
         self._config = config
+        self._quotas = quotas
+        self._num_active: Counter[str] = Counter()
+        """By owner."""
         self._on_end = on_end
         self._beats: dict[str, Any] = {}
         self._active: dict[str, Session] = {}
@@ -42,8 +49,9 @@ class SessionService:
     async def start(self) -> None:
         """Clients could not beat while the server was down, so active sessions start afresh."""
         active = await self._database.read(sessions.stale, utcnow() + timedelta(days=1))
-        if active:
-            await self._database.write(sessions.touch, {s.session_id: utcnow() for s in active})
+        self._num_active = Counter(session.owner for session in active)
+        self._beats = {session.session_id: utcnow() for session in active}
+        await self._flush()
         self._reaper = asyncio.create_task(self._reap(), name="session-reaper")
 
     async def close(self) -> None:
@@ -57,6 +65,16 @@ class SessionService:
             log.warning("session.beats_not_stored", error=str(error))
 
     async def create(self, owner: str, request: CreateSessionRequest) -> Session:
+        """Raises ``OverQuota``."""
+        self._quotas.check_sessions(self._num_active[owner])
+        self._num_active[owner] += 1
+        try:
+            return await self._create(owner, request)
+        except BaseException:
+            self._num_active[owner] -= 1
+            raise
+
+    async def _create(self, owner: str, request: CreateSessionRequest) -> Session:
         now = utcnow()
         session = Session(
             session_id=ids.new_session_id(),
@@ -102,11 +120,12 @@ class SessionService:
         """The first reason wins; finishing twice changes nothing."""
         session = await self.get(owner, session_id)
         if session.status is SessionStatus.ACTIVE:
-            await self._end(session_id, SessionStatus.FINISHED, reason, detail)
+            await self._end(session, SessionStatus.FINISHED, reason, detail)
 
     async def _end(
-        self, session_id: str, status: SessionStatus, reason: str, detail: str | None
+        self, session: Session, status: SessionStatus, reason: str, detail: str | None
     ) -> None:
+        session_id = session.session_id
         ended = await self._database.write(
             sessions.end, session_id, status, utcnow(), reason, detail
         )
@@ -114,6 +133,7 @@ class SessionService:
         self._active.pop(session_id, None)
         self._beats.pop(session_id, None)
         if ended:
+            self._num_active[session.owner] -= 1
             log.info("session.ended", session_id=session_id, reason=reason)
             await self._on_end(session_id, reason)
 
@@ -125,7 +145,7 @@ class SessionService:
                 limit = utcnow() - timedelta(seconds=self._config.expiry_s)
                 for session in await self._database.read(sessions.stale, limit):
                     await self._end(
-                        session.session_id,
+                        session,
                         SessionStatus.EXPIRED,
                         "expired",
                         f"no heartbeat for {self._config.expiry_s:g} s",
@@ -135,6 +155,8 @@ class SessionService:
                 log.exception("session.reaper_failed")
 
     async def _flush(self) -> None:
-        beats, self._beats = self._beats, {}
-        if beats:
-            await self._database.write(sessions.touch, beats)
+        """A piece at a time, so that requests do not wait for all of them."""
+        beats, self._beats = list(self._beats.items()), {}
+        for start in range(0, len(beats), _BEATS_AT_ONCE):
+            piece = dict(beats[start : start + _BEATS_AT_ONCE])
+            await self._database.write(sessions.touch, piece)

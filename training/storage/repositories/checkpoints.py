@@ -40,6 +40,11 @@ def get(connection: sa.Connection, path: TinkerPath) -> Checkpoint | None:
     return None if row is None else _checkpoint(row)
 
 
+def owned_bytes(connection: sa.Connection, owner: str) -> int:
+    query = sa.select(sa.func.sum(table.c.size_bytes)).where(table.c.owner == owner)
+    return int(connection.execute(query).scalar_one() or 0)
+
+
 def delete(connection: sa.Connection, checkpoint: Checkpoint) -> bool:
     """Only this one: False where another has taken its path."""
     statement = sa.delete(table).where(

@@ -1,0 +1,217 @@
+"""Room for everybody: what an owner may hold, what is left for others, and that all of it comes
+back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.services.test_server import (
+    ME,
+    MODEL,
+    Client,
+    config,
+    running,
+    sample_request,
+    train_body,
+)
+from training.config import AuthConfig, QuotaConfig, SchedulerConfig, TrainingConfig
+from training.core.errors import Busy, OverQuota
+from training.core.ids import TinkerPath
+from training.core.records import FutureKind, FutureStatus
+from training.services.quotas import CREATION_RETRY_S, RETRY_S, Quotas, Room
+from training.services.server import Server
+from training.wire.requests import CreateSamplingSessionRequest, CreateSessionRequest
+
+ALL = 60
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 5)), max_size=200),
+    st.one_of(st.none(), st.integers(1, 40)),
+)
+def test_whoever_comes_last_finds_room(wishes: Sequence[tuple[str, int]], each: int | None) -> None:
+    """However the others pressed, somebody new gets one in, and all together never hold more than
+    there is."""
+    room = Room("things", each, ALL, is_shared=True)
+    held = dict.fromkeys("abcd", 0)
+    for owner, amount in wishes:
+        if room.why_not(owner, amount) is None:
+            room.take(owner, amount)
+            held[owner] += amount
+        room.check_integrity()
+        assert sum(held.values()) <= ALL
+        for number in range(3):
+            assert room.why_not(f"new{number}", 1) is None
+    if each is not None:
+        assert max(held.values()) <= max(each, 5)
+    for owner, amount in held.items():
+        room.give_back(owner, amount)
+    room.check_integrity()
+    assert room.why_not("a", ALL) is None
+
+
+def test_one_owner_fills_half_of_a_shared_room_and_all_of_its_own() -> None:
+    for is_shared, fits in ((True, ALL // 2), (False, ALL)):
+        room = Room("things", None, ALL, is_shared)
+        while room.why_not("greedy", 1) is None:
+            room.take("greedy", 1)
+        assert room.why_not("greedy", 1) is not None
+        room.give_back("greedy", fits)
+        room.check_integrity()
+        assert room.why_not("other", ALL) is None
+
+
+def test_a_large_request_of_somebody_who_holds_nothing_is_let_in() -> None:
+    room = Room("bytes", 10, ALL, is_shared=True)
+    assert room.why_not("a", 50) is None
+    room.take("a", 50)
+    assert room.why_not("a", 1) is not None
+    assert room.why_not("b", 20) is not None
+    assert room.why_not("b", 10) is None
+
+
+def test_a_creation_is_told_to_wait_for_longer() -> None:
+    quota = QuotaConfig(max_pending_operations=1)
+    quotas = Quotas(quota, SchedulerConfig(), is_shared=False)
+    quotas.take(ME, FutureKind.OPTIM_STEP, 10)
+    for kind, retry_s in (
+        (FutureKind.FORWARD_BACKWARD, RETRY_S),
+        (FutureKind.CREATE_MODEL, CREATION_RETRY_S),
+    ):
+        with pytest.raises(Busy, match="1 operations of this key are waiting, and 1 may") as busy:
+            quotas.check(ME, kind, 10)
+        assert busy.value.retry_after_s == retry_s
+    quotas.check(ME, FutureKind.SAMPLE, 10)
+    quotas.give_back(ME, FutureKind.OPTIM_STEP, 10)
+    quotas.check(ME, FutureKind.FORWARD_BACKWARD, 10)
+    quotas.check_integrity()
+
+
+def limited(tmp_path: Path, *keys: str, **limits: int) -> TrainingConfig:
+    plain = config(tmp_path)
+    auth = AuthConfig.model_validate({"api_keys": keys or ("one",)})
+    return plain.model_copy(update={"quota": QuotaConfig(**limits), "auth": auth})
+
+
+async def stopped(server: Server) -> None:
+    """Nothing runs any more: what is accepted from here on waits."""
+    await server.hosts.get(MODEL).tasks.close()
+
+
+async def test_operations_over_the_quota_are_sent_away_but_never_the_awaited_one(
+    tmp_path: Path,
+) -> None:
+    async with running(limited(tmp_path, max_pending_operations=3)) as server:
+        first, second = [await Client.connect(server) for _ in range(2)]
+        await first.create()
+        await second.create()
+        await stopped(server)
+        for seq in (2, 3, 4):
+            await server.training.forward_backward(ME, train_body(first.model_id, seq))
+        for client, seq in ((first, 5), (second, 2)):
+            with pytest.raises(Busy):
+                await server.training.forward_backward(ME, train_body(client.model_id, seq))
+        for client in (first, second):
+            await server.training.forward_backward(ME, train_body(client.model_id, 1))
+        assert server.promises.num_pending() == 5
+
+
+async def test_bytes_that_wait_are_counted_until_they_are_done(tmp_path: Path) -> None:
+    body = train_body("x" * 60, 1)
+    async with running(limited(tmp_path, max_pending_bytes=3 * len(body))) as server:
+        client = await Client.connect(server)
+        await client.create()
+        tasks = [
+            server.training.forward_backward(ME, train_body(client.model_id, seq)) for seq in (2, 3)
+        ]
+        accepted = await asyncio.gather(*tasks)
+        with pytest.raises(Busy, match="bytes"):
+            await server.training.forward_backward(ME, train_body(client.model_id, 4, "x" * 200))
+        assert (await client.train()).status is FutureStatus.DONE
+        client.seq = 3
+        for request_id, _ in accepted:
+            await client.result(request_id)
+        server.quotas.check_integrity()
+        assert (await client.train()).status is FutureStatus.DONE
+
+
+async def test_samples_over_the_quota_are_sent_away(tmp_path: Path) -> None:
+    async with running(limited(tmp_path, max_pending_samples=2)) as server:
+        client = await Client.connect(server)
+        wanted = CreateSamplingSessionRequest(
+            session_id=client.session_id, sampling_session_seq_id=0, base_model=MODEL
+        )
+        sampler = (await server.sampling.create_session(ME, wanted)).sampling_session_id
+        asked = [
+            server.sampling.sample(ME, sample_request(sampler, seq, 3000), b"{}")
+            for seq in range(5)
+        ]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert sum(isinstance(answer, Busy) for answer in answers) == 3
+        for answer in answers:
+            if not isinstance(answer, BaseException):
+                await client.result(answer[0])
+        assert (await client.sample(sampler, 2)).status is FutureStatus.DONE
+
+
+async def test_one_model_too_many_fails_for_its_owner_and_not_for_another(tmp_path: Path) -> None:
+    async with running(limited(tmp_path, "one", "two")) as server:
+        client = await Client.connect(server)  # of four slots
+        for number in range(2):
+            assert (await client.create(number)).status is FutureStatus.DONE
+        refused = await client.create(2)
+        assert refused.status is FutureStatus.FAILED
+        assert refused.category == "user"
+        assert "kept for other keys" in refused.error
+        assert server.hosts.get(MODEL).slots.available == 2
+
+
+async def test_a_key_has_as_many_models_as_it_may(tmp_path: Path) -> None:
+    async with running(limited(tmp_path, max_models=1)) as server:
+        client = await Client.connect(server)
+        assert (await client.create()).status is FutureStatus.DONE
+        assert "its limit is 1" in (await client.create(1)).error
+        await server.sessions.finish(ME, client.session_id, "success", None)
+        client = await Client.connect(server)
+        assert (await client.create()).status is FutureStatus.DONE
+
+
+async def test_sessions_are_counted_over_a_restart(tmp_path: Path) -> None:
+    settings = limited(tmp_path, max_sessions=2)
+    async with running(settings) as server:
+        first, _ = [await Client.connect(server) for _ in range(2)]
+        with pytest.raises(OverQuota, match="2 sessions, its limit is 2"):
+            await Client.connect(server)
+        await server.sessions.create("you", CreateSessionRequest())
+    async with running(settings) as server:
+        with pytest.raises(OverQuota):
+            await Client.connect(server)
+        for _ in range(2):  # the second changes nothing
+            await server.sessions.finish(ME, first.session_id, "success", None)
+        await Client.connect(server)
+        with pytest.raises(OverQuota):
+            await Client.connect(server)
+
+
+async def test_a_full_store_of_checkpoints_takes_no_more_until_one_is_deleted(
+    tmp_path: Path,
+) -> None:
+    async with running(limited(tmp_path, max_checkpoint_bytes=1)) as server:
+        client = await Client.connect(server)
+        await client.create()
+        saved = await client.save("one")
+        refused = await client.save("two")
+        assert refused.status is FutureStatus.FAILED
+        assert refused.category == "user"
+        assert "delete some" in refused.error
+        path = orjson.loads(saved.body)["path"]
+        checkpoint = await server.checkpoints.readable(ME, TinkerPath.parse(path))
+        await server.checkpoints.delete(ME, checkpoint.path)
+        assert (await client.save("two")).status is FutureStatus.DONE
