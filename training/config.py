@@ -144,6 +144,8 @@ class ModelConfig(_Section):
     """None: looked up as ``model_dir / name``, then in the Hugging Face cache."""
     context_length: int | None = Field(None, gt=0)
     backend: Literal["local", "fake"] = "local"
+    delay_s: float = Field(0.0, ge=0)
+    """Of the fake backend alone: how long each of its calls takes, for load tests."""
 
 
 class EngineConfig(_Section):

@@ -37,7 +37,8 @@ class FakeBackend:
     Vocabulary, context length and end tokens are those that ``served_model_info`` tells of the
     model. Texts are those of the ``tokenizer.json`` in its ``path``; without
     one, token i reads as the character of code point i.
-    ``delay_s`` is slept before each training call and each turn of a sample, for load tests.
+    ``delay_s`` (the configured one, if None) is slept before each training call and each turn of a
+    sample, for load tests.
     """
 
     def __init__(
@@ -45,13 +46,13 @@ class FakeBackend:
         model: ModelConfig,
         config: TrainingConfig,
         *,
-        delay_s: float = 0.0,
+        delay_s: float | None = None,
     ) -> None:
         info = served_model_info(model, config)
         self._text_of = sampler.texts(model.path, info.vocab_size)
         self._base = BaseWeights(info.vocab_size)
         self._base_view = HeadView(self._base, None, {})
-        self._delay_s = delay_s
+        self._delay_s = model.delay_s if delay_s is None else delay_s
         self._training = asyncio.Lock()
         self._slots: dict[int, trainer.Slot] = {}
         self._lost_slots: set[int] = set()
@@ -165,7 +166,11 @@ class FakeBackend:
         async with self._training:
             await self._turn()
             slots = {slot: self._slot(slot) for slot in params}
-            return {slot: trainer.adamw_step(slots[slot], p) for slot, p in params.items()}
+            outputs = {}
+            for slot, adam in params.items():
+                outputs[slot] = trainer.adamw_step(slots[slot], adam)
+                await self._turn(0.0)  # whoever waits for the event loop need not wait for all
+            return outputs
 
     async def discard_grads(self, slot: int) -> None:
         async with self._training:
