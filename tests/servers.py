@@ -140,10 +140,9 @@ def fake_model(**settings: Any) -> dict[str, Any]:
     return {"name": FAKE_MODEL, "backend": "fake", **settings}
 
 
-@contextmanager
-def running_server(directory: Path, config: Mapping[str, Any] | None = None) -> Iterator[Server]:
-    """A server with ``config`` over the tests' defaults: the fake model, two keys, all in
-    ``directory``."""
+def server_in(directory: Path, config: Mapping[str, Any] | None = None) -> Server:
+    """A server that is not started, with ``config`` over the tests' defaults: the fake model, two
+    keys, all in ``directory``."""
     port = free_port()
     settings = merged(
         {
@@ -165,12 +164,18 @@ def running_server(directory: Path, config: Mapping[str, Any] | None = None) -> 
         "TRAINING_CONFIG": str(config_file),
         "PYTHONPATH": str(REPOSITORY),
     }
-    server = Server(
+    return Server(
         base_url=f"http://127.0.0.1:{port}",
         directory=directory,
         command=(sys.executable, "-m", "training.cli", "serve"),
         environment=environment,
     )
+
+
+@contextmanager
+def running_server(directory: Path, config: Mapping[str, Any] | None = None) -> Iterator[Server]:
+    """``server_in`` of the same arguments, started; stopped at the end."""
+    server = server_in(directory, config)
     server.spawn()
     try:
         server.wait_until_ready()
