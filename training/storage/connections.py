@@ -17,6 +17,7 @@ import structlog
 
 from training.core.errors import StorageError
 from training.core.threads import in_thread
+from training.storage.directories import make_directory
 from training.storage.lock import FileLock
 
 log = structlog.get_logger(__name__)
@@ -71,7 +72,7 @@ class Sqlite:
     async def open(self) -> None:
         if self._path is None:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(self._path.parent)
         self._lock = FileLock(self._path.with_name(f"{self._path.name}.lock"))
         await in_thread(self._lock.acquire)
         await self.transact(_check)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from training.core.errors import DamagedFile, NotFound, StorageError
+from training.storage.directories import make_directory, sync
 
 MANIFEST = "manifest.json"
 _STAGING = ".staging"
@@ -30,7 +31,7 @@ class CheckpointFiles:
         """Creates the root and clears what unfinished writes left behind."""
         try:
             shutil.rmtree(self._root / _STAGING, ignore_errors=True)
-            (self._root / _STAGING).mkdir(parents=True)
+            make_directory(self._root / _STAGING)
         except OSError as error:
             raise StorageError(f"checkpoint directory {self._root}: {error}") from error
 
@@ -48,10 +49,10 @@ class CheckpointFiles:
         try:
             files = {path.name: _describe(path) for path in sorted(staged.iterdir())}
             (staged / MANIFEST).write_text(json.dumps({"version": 1, "files": files}, indent=1))
-            _sync(staged / MANIFEST)
-            _sync(staged)
+            sync(staged / MANIFEST)
+            sync(staged)
             os.rename(staged, self._root / name)
-            _sync(self._root)
+            sync(self._root)
         except OSError as error:
             self.discard(staged)
             raise StorageError(f"cannot store checkpoint: {error}") from error
@@ -115,11 +116,3 @@ def _describe(path: Path, sync: bool = True) -> dict[str, int | str]:
 def _blocks(descriptor: int) -> Iterator[bytes]:
     while block := os.read(descriptor, _BLOCK_BYTES):
         yield block
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
