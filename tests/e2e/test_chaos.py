@@ -11,14 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from benchmarks.chaos import CONFIG
 from benchmarks.chaos_run import Outcome, Plan, Trial, Workload, differences
 from benchmarks.chaos_server import Target
 from tests.servers import FAKE_MODEL, merged
 from training.config import EMBEDDED_MODEL
-from training.engine.native import library
 
 API_MOMENTS = ("random", "mid-body", "mid-checkpoint", "before-answer", "before-result")
 
