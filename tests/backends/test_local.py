@@ -28,6 +28,7 @@ from tests.backends.test_conformance_saving import slow_disk
 from tests.backends.tiny import CONTEXT_LENGTH, VOCAB_SIZE
 from training.backends.base import AdamParams, BackendState, TrainUnit
 from training.backends.child import child_environment
+from training.backends.death import count_oom_kills
 from training.backends.local import LocalBackend, restart_delay
 from training.config import EngineConfig, ModelConfig, TrainingConfig
 from training.core.errors import BackendDead, ConfigError, DeathCause, StorageError, UserError
@@ -148,7 +149,8 @@ async def test_an_engine_is_restarted_however_often_it_dies(tiny_llama: Path) ->
             kill_engine(backend)
             with pytest.raises(BackendDead) as death:
                 await long
-            assert death.value.cause is DeathCause.KILLED
+            known = count_oom_kills() is not None
+            assert death.value.cause is (DeathCause.KILLED if known else DeathCause.CRASHED)
             assert await backend.sample(request(PROMPT))
             health = backend.health()
             assert (health.state, health.alive) == (BackendState.RUNNING, True)
@@ -204,6 +206,22 @@ async def state_after_a_kill(backend: LocalBackend) -> BackendState:
     while (state := backend.health().state) is BackendState.RUNNING:  # noqa: ASYNC110
         await asyncio.sleep(0.005)
     return state
+
+
+@on_uvloop
+async def test_an_engine_that_dies_while_it_loads_says_how(tiny_llama: Path) -> None:
+    before = engines_of_this_process()
+    backend = backend_of(tiny_llama)
+    starting = asyncio.create_task(backend.start())
+    while engines_of_this_process() == before:  # noqa: ASYNC110  it is only seen from outside
+        await asyncio.sleep(0.02)
+    (loading,) = engines_of_this_process() - before
+    os.kill(loading, signal.SIGABRT)
+    with pytest.raises(BackendDead, match=r"signal 6.* while loading") as death:
+        await starting
+    assert death.value.cause is DeathCause.CRASHED
+    assert backend.health().state is BackendState.STOPPED
+    await backend.close()
 
 
 def test_restarts_wait_longer_while_they_come_to_nothing() -> None:

@@ -119,6 +119,25 @@ def test_a_spilled_adapter_is_saved_and_exported(checkpoint: Path, tmp_path: Pat
             assert found == (tmp_path / f"kept{directory}" / file).read_bytes()
 
 
+def test_a_captured_state_is_counted_until_its_writer_lets_go_of_it(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    bench = Bench(checkpoint, tmp_path)
+    bench.trainer.load_slot(0, ALL)
+    bench.train(0, 1)
+    bench.step(0)
+    before = bench.memory.num_bytes
+    adapter_bytes = 4 * bench.slots.use(0).layout.num_params
+    captured = [bench.trainer.capture_state(0), bench.trainer.capture_adapter(0)]
+    assert bench.memory.num_bytes == before + 4 * adapter_bytes
+    bench.trainer.unload_slot(0)
+    bench.slots.check_integrity()
+    captured[0].write(tmp_path / "state")
+    captured.clear()
+    bench.spill_idle()
+    assert bench.memory.num_bytes == 0
+
+
 # --------------------------------------------------------------------------- laziness, budget
 
 

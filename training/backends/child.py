@@ -117,9 +117,10 @@ class EngineChild:
         if isinstance(answer, ipc.Ready):
             self._tasks.append(asyncio.create_task(self._attend(output)))
             return answer.capabilities
-        await self.close(10.0)
         if isinstance(answer, ipc.StartFailed):
+            await self.close(10.0)
             raise ConfigError(answer.message)
+        await self._see_to_its_end(output)
         raise self._dead()
 
     async def _spawn(self, fd: int) -> asyncio.subprocess.Process:
@@ -215,6 +216,9 @@ class EngineChild:
             await self._receive_all()
         except Exception:
             _log.exception("engine.bad_frame", pid=self._process.pid)
+        await self._see_to_its_end(output)
+
+    async def _see_to_its_end(self, output: asyncio.Task[None]) -> None:
         if not self._stopping:
             # A child that closed its socket but lives on is of no use, whatever it is doing.
             with contextlib.suppress(TimeoutError):
