@@ -170,6 +170,13 @@ class Postgres:
 
     async def _prepare_writer(self, connection: Any) -> None:
         """Every new writing connection: durable commits, and the lock."""
+        try:
+            await self._take_lock(connection)
+        except BaseException:
+            connection.terminate()  # the pool forgets one whose event failed
+            raise
+
+    async def _take_lock(self, connection: Any) -> None:
         await connection.execute(
             "SELECT set_config('synchronous_commit', 'on', false)"
             " WHERE current_setting('synchronous_commit') = 'off'"
