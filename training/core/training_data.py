@@ -32,7 +32,11 @@ TARGETS = "target_tokens"
 @dataclass(frozen=True)
 class TrainLimits:
     max_target_elements: int = 2**24
-    """N * K over a request's datums: a sparse tensor may claim to be far larger than it is."""
+    """N * K over a request's datums."""
+    sparse_ratio: int = 64
+    sparse_free_elements: int = 2**18
+    """A sparse tensor of a few bytes may claim to be huge, and each element costs a number in the
+    result: besides some that are free, a request has so many for each number that it brings."""
 
 
 class TrainData(NamedTuple):
@@ -53,13 +57,22 @@ def to_train_op_data(
     config = complete_config(spec, request.loss_config)
     if not request.data:
         raise InvalidRequest("data is empty: a request needs at least one datum")
-    left = limits.max_target_elements
+    left = _max_elements(request, limits)
     data: list[Datum] = []
     for index, wire_datum in enumerate(request.data):
         datum = _to_datum(wire_datum, spec, config, capabilities, left, f"data[{index}]")
         left -= datum.targets.size
         data.append(datum)
     return TrainData(spec.name, config, data)
+
+
+def _max_elements(request: TrainRequest, limits: TrainLimits) -> int:
+    brought = 0
+    for datum in request.data:
+        if (targets := datum.inputs.get(TARGETS)) is not None:
+            brought += targets.values.size + (0 if targets.crow is None else len(targets.crow))
+    allowed = limits.sparse_free_elements + limits.sparse_ratio * brought
+    return min(limits.max_target_elements, allowed)
 
 
 def _to_datum(
