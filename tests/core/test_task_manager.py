@@ -146,7 +146,7 @@ class Harness:
         async def load() -> Work:
             return operation.work
 
-        return replace(operation, stored=stored, deaths=deaths, work=StoredWork(load, 4))
+        return replace(operation, stored=stored, work=StoredWork(load, 4))
 
     async def snapshot(self, model_id: str, seq: int) -> FinishSnapshot:
         self.snapshots.append((model_id, seq))
@@ -157,8 +157,8 @@ class Harness:
 
         return finish
 
-    async def note_deaths(self, operations: Sequence[Operation]) -> None:
-        self.deaths += [operation.request_id for operation in operations]
+    async def note_deaths(self, request_ids: Sequence[str]) -> None:
+        self.deaths += request_ids
 
     async def mark_corrupted(self, operation: Operation) -> None:
         self.corrupted.append(operation.request_id)

@@ -42,7 +42,7 @@ class Keeper(Protocol):
     async def snapshot(self, model_id: str, seq: int) -> FinishSnapshot:
         """Captures a model that is as operation ``seq`` left it, without gradients."""
 
-    async def note_deaths(self, operations: Sequence[Operation]) -> None:
+    async def note_deaths(self, request_ids: Sequence[str]) -> None:
         """Remembers that an engine crashed while it ran them."""
 
     async def mark_corrupted(self, operation: Operation) -> None:

@@ -88,7 +88,7 @@ class Operation:
     """``arrived_s`` is a monotonic time; of one owner's operations the oldest goes first.
 
     ``stored`` is there when the operation came from the database; with an outcome, the operation
-    is part of a replay and settles nothing. ``deaths`` counts engines that crashed running it.
+    is part of a replay and settles nothing.
     """
 
     request_id: str
@@ -99,7 +99,6 @@ class Operation:
     arrived_s: float
     owner: str = ""
     stored: StoredOperation | None = None
-    deaths: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -176,6 +176,8 @@ class Future:
     status: FutureStatus
     created_at: datetime
     finished_at: datetime | None = None
+    deaths: int = 0
+    """Engines that crashed while they ran it."""
     completion: int | None = None
     """Grows by one with each future of the scope that finishes; the batch poller's cursor."""
 

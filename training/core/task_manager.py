@@ -295,8 +295,9 @@ class TaskManager:
         try:
             with metrics.UNIT_SECONDS.labels(plan.kind.value).time():
                 operations = [await _decoded(item) for item in plan.operations]
-                async with self.suspects.alone(operations):
+                async with self.suspects.alone(item.request_id for item in operations):
                     await self._units.run(plan.kind, operations, self._queues)
+            self.suspects.forget(item.request_id for item in operations)
             self._gathering.ran(plan, now, time.monotonic())
         except BackendDead as error:
             await self._died(self._units.unsettled, error)
@@ -329,7 +330,7 @@ class TaskManager:
     ) -> None:
         try:
             try:
-                async with self.suspects.alone([operation]):
+                async with self.suspects.alone([operation.request_id]):
                     decoded = await _decoded(operation)
                     if isinstance(decoded.work, RefusedWork):
                         raise decoded.work.error
@@ -392,12 +393,11 @@ class TaskManager:
             if (queue := self._queues.get(operation.model_id)) is not None:
                 queue.must_revive = queue.has_stored = True
         self._wake.set()
-        guilty = self.suspects.died(operations, error)
-        if not guilty:
-            return
-        await self._keeper.note_deaths([item for item, _ in guilty])
-        for operation, poison in guilty:
-            if poison is None:
+        verdict = self.suspects.died((item.request_id for item in operations), error)
+        if verdict.counted:
+            await self._keeper.note_deaths(verdict.counted)
+        for operation in list(operations):
+            if (poison := verdict.poison.get(operation.request_id)) is None:
                 continue
             log.error("operation.poison", request_id=operation.request_id, error=str(poison))
             if operation.is_settled:
@@ -428,6 +428,9 @@ class TaskManager:
             with metrics.REVIVAL_SECONDS.time():
                 until = None if queue.is_stored else queue.high_seq
                 revival = await self._keeper.revive(model_id, until)
+            for operation in revival.operations:
+                assert operation.stored is not None
+                self.suspects.remember(operation.request_id, operation.stored.deaths)
             late = queue.revive(revival.next_seq, revival.operations, revival.generation)
             for operation in late:
                 self._settling.put(operation, Outcome(failed(_late(operation))))

@@ -47,10 +47,9 @@ class ModelKeeper:
     async def snapshot(self, model_id: str, seq: int) -> FinishSnapshot:
         return await self._snapshots.capture(self._get(model_id), seq)
 
-    async def note_deaths(self, operations: Sequence[Operation]) -> None:
-        ids = [operation.request_id for operation in operations]
+    async def note_deaths(self, request_ids: Sequence[str]) -> None:
         try:
-            await self._database.write(futures.note_deaths, ids)
+            await self._database.write(futures.note_deaths, request_ids)
         except StorageError as error:
             # This process remembers them too; only the next one would have to learn it again.
             log.error("operation.deaths_not_stored", error=str(error))
@@ -112,7 +111,6 @@ class ModelKeeper:
                 arrived_s=time.monotonic(),
                 owner=loaded.model.owner,
                 stored=item,
-                deaths=item.deaths,
             )
             for item in stored
         ]

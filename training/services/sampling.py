@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from dataclasses import replace
 
 import structlog
 
@@ -12,8 +13,10 @@ from training.core import ids, metrics
 from training.core.errors import (
     BackendDead,
     BackendError,
+    DeathCause,
     InvalidRequest,
     NotFound,
+    StorageError,
     TinkercloudError,
 )
 from training.core.ids import CheckpointKind, TinkerPath
@@ -43,9 +46,6 @@ from training.wire.protobuf import encode_sample_response
 from training.wire.requests import CreateSamplingSessionRequest, SampleJsonRequest
 
 log = structlog.get_logger(__name__)
-
-_MAX_ATTEMPTS = 3
-"""An engine that dies with a request running gets it twice more; then the request is the cause."""
 
 
 class SamplingService:
@@ -171,6 +171,8 @@ class SamplingService:
         sampling_session_id = stored.future.scope.removeprefix(sample_scope(""))
         session = await self.get_session(stored.future.owner, sampling_session_id)
         request = parse_json(SampleJsonRequest, stored.body)
+        tasks = self._hosts.get(session.base_model).tasks
+        tasks.suspects.remember(stored.future.request_id, stored.future.deaths)
         self._start(stored.future.request_id, session, request)
 
     async def cancel(self, owner: str, request_id: str) -> None:
@@ -230,22 +232,39 @@ class SamplingService:
         capabilities = host.capabilities()
         seed = seed_of(request_id)
         sample = to_sample_request(request, request_id, session.snapshot_id, capabilities, seed)
+        sample = replace(sample, tenant=session.owner)
         result = await self._sample(host, sample)
         metrics.PROMPT_TOKENS.inc(len(sample.prompt))
         metrics.SAMPLED_TOKENS.inc(sum(len(sequence.tokens) for sequence in result.sequences))
         return done_protobuf(encode_sample_response(result, target_layout(request)))
 
     async def _sample(self, host: Host, request: SampleRequest) -> SampleResult:
-        for attempt in range(1, _MAX_ATTEMPTS + 1):
+        """Again when the engine ends, unless the request is what ends it."""
+        name, suspects = request.request_id, host.tasks.suspects
+        while True:
             try:
-                if request.snapshot_id is not None:
-                    await host.snapshots.ensure(request.snapshot_id)
-                return await host.backend.sample(request)
+                async with suspects.alone([name]):
+                    if request.snapshot_id is not None:
+                        await host.snapshots.ensure(request.snapshot_id)
+                    result = await host.backend.sample(request)
+                suspects.forget([name])
+                return result
             except BackendDead as error:
-                log.warning("sample.engine_died", request_id=request.request_id, attempt=attempt)
-                if attempt == _MAX_ATTEMPTS:
-                    raise error
-        raise AssertionError("unreachable")
+                log.warning("sample.engine_died", request_id=name, cause=error.cause.value)
+                verdict = suspects.died([name], error)
+                if verdict.counted:
+                    await self._note_death(name)
+                if poison := verdict.poison.get(name):
+                    raise poison from error
+                if error.cause is DeathCause.CLOSED:
+                    raise
+
+    async def _note_death(self, request_id: str) -> None:
+        try:
+            await self._database.write(futures.note_deaths, [request_id])
+        except StorageError as error:
+            # This process remembers it too; only the next one would have to learn it again.
+            log.error("sample.death_not_stored", request_id=request_id, error=str(error))
 
 
 def sample_scope(sampling_session_id: str) -> str:

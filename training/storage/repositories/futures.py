@@ -361,6 +361,7 @@ def _columns(*more: sa.ColumnElement[object]) -> sa.Select[tuple[object, ...]]:
         table.c.status,
         table.c.created_at,
         table.c.finished_at,
+        table.c.deaths,
         table.c.completion,
         *more,
     )
