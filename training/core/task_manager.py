@@ -198,6 +198,10 @@ class TaskManager:
     def num_queued(self) -> int:
         return sum(len(queue) for queue in self._queues.values())
 
+    def num_reviving(self) -> int:
+        """Models that have work to do and are not back yet."""
+        return sum(queue.must_revive and _has_work(queue) for queue in self._queues.values())
+
     # ----------------------------------------------------------------- the loop
 
     async def _run(self) -> None:
@@ -413,8 +417,7 @@ class TaskManager:
             )
             if stale:
                 queue.must_revive = True
-            wanted = queue.has_stored or len(queue) > 0
-            if queue.must_revive and wanted and not queue.reviving and not queue.busy:
+            if queue.must_revive and _has_work(queue) and not queue.reviving and not queue.busy:
                 queue.reviving = True
                 self._start(queue.model_id, self._revive(queue))
 
@@ -463,6 +466,10 @@ class TaskManager:
 
     def _lose(self, model_id: str, error: TinkercloudError) -> None:
         self._start(f"lose {model_id}", self._keeper.give_up(model_id, error))
+
+
+def _has_work(queue: ModelQueue) -> bool:
+    return queue.has_stored or len(queue) > 0
 
 
 def _late(operation: Operation) -> Gone:

@@ -19,6 +19,7 @@ from training.routers.common import (
     json_body,
     parse,
 )
+from training.services.hosts import Host
 from training.wire.requests import (
     ClientConfigRequest,
     CreateSessionRequest,
@@ -29,6 +30,7 @@ from training.wire.responses import (
     ClientConfig,
     ClientDynamicConfig,
     CreatedSession,
+    EngineHealth,
     Healthz,
     Heartbeat,
     ServerCapabilities,
@@ -40,7 +42,7 @@ router = APIRouter(prefix=API, tags=["control"], responses=PROBLEMS)
 open_router = APIRouter(tags=["health"])
 
 ENGINE_DOWN: dict[int | str, dict[str, Any]] = {
-    503: {"description": "An engine is down.", "content": {"application/json": {}}}
+    503: {"model": Healthz, "description": "An engine is down; it is being restarted."}
 }
 
 
@@ -125,9 +127,21 @@ async def get_server_capabilities(server: ServerDep, owner: OwnerDep) -> Respons
 async def health(server: ServerDep) -> Response:
     """Open to all and light; 503 while an engine is down."""
     alive = all(host.backend.health().alive for host in server.hosts.all())
-    if alive:
-        return answer(Healthz())
-    return Response(b'{"status":"engine_down"}', 503, media_type="application/json")
+    engines = [_engine_health(host) for host in server.hosts.all()]
+    body = Healthz(status="ok" if alive else "engine_down", engines=engines)
+    return answer(body, status=200 if alive else 503)
+
+
+def _engine_health(host: Host) -> EngineHealth:
+    """Why an engine is down is for the log: its errors name paths, which are not for everyone."""
+    health = host.backend.health()
+    return EngineHealth(
+        model=host.model.name,
+        state=health.state.value,
+        since=health.since,
+        restarts=health.num_restarts,
+        reviving=host.tasks.num_reviving(),
+    )
 
 
 @open_router.get("/metrics", response_class=PlainTextResponse)

@@ -94,8 +94,22 @@ class ServerCapabilities(Answer):
     supported_models: Sequence[SupportedModel]
 
 
+class EngineHealth(Answer):
+    """``since`` it is in this ``state``; ``restarts`` since the server started."""
+
+    model: str
+    state: Literal["starting", "running", "restarting", "failing", "stopped"]
+    since: AwareDatetime
+    restarts: int
+    reviving: int
+    """Models that are being brought back after a crash."""
+
+
 class Healthz(Answer):
-    status: Literal["ok"] = "ok"
+    """``engine_down``: training and sampling wait, everything else works."""
+
+    status: Literal["ok", "engine_down"] = "ok"
+    engines: Sequence[EngineHealth] = ()
 
 
 # --------------------------------------------------------------------------- futures
