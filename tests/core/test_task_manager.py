@@ -94,6 +94,7 @@ class Harness:
     corrupted: list[str] = field(default_factory=list)
     lost: dict[str, str] = field(default_factory=dict)
     snapshots: list[tuple[str, int]] = field(default_factory=list)
+    noted: list[str] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def start(
@@ -156,6 +157,9 @@ class Harness:
             return True
 
         return finish
+
+    def note_running(self, engine: str, request_ids: Sequence[str]) -> None:
+        self.noted = list(request_ids)
 
     async def note_deaths(self, request_ids: Sequence[str]) -> None:
         self.deaths += request_ids

@@ -42,6 +42,9 @@ class Keeper(Protocol):
     async def snapshot(self, model_id: str, seq: int) -> FinishSnapshot:
         """Captures a model that is as operation ``seq`` left it, without gradients."""
 
+    def note_running(self, engine: str, request_ids: Sequence[str]) -> None:
+        """Leaves word of what is about to run, for the next process if this one is killed."""
+
     async def note_deaths(self, request_ids: Sequence[str]) -> None:
         """Remembers that an engine crashed while it ran them."""
 

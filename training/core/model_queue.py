@@ -7,6 +7,7 @@ the rest. And what a snapshot would save: how far the model is past its last one
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from training.core.operations import Operation, SlotOf
@@ -31,7 +32,7 @@ class ModelQueue:
         self.generation: int | None = None
         self.must_revive = False
         """The model has to be brought back before anything runs."""
-        self.reviving = False
+        self.reviving: asyncio.Task[None] | None = None
         self.has_stored = False
         """The database holds operations that have to run and do not wait here."""
         self.is_stored = False

@@ -34,7 +34,7 @@ from training.core.records import STATEFUL_KINDS, FutureStatus
 from training.core.saving import Saving
 from training.core.settling import Settling
 from training.core.suspects import Suspects
-from training.core.unit_runner import Encode, UnitRunner, failed
+from training.core.unit_runner import Encode, UnitRunner, effect_of_failure, failed
 
 log = structlog.get_logger(__name__)
 
@@ -141,6 +141,8 @@ class TaskManager:
         self._gap_since_s.pop(model_id, None)
         self._gathering.forget(model_id)
         queue = self._queues.pop(model_id, None)
+        if queue is not None and queue.reviving is not None:
+            queue.reviving.cancel()  # it may be waiting for an engine
         for operation in queue.drain() if queue else []:
             if not operation.is_settled:
                 self._settling.put(operation, Outcome(failed(error)))
@@ -299,6 +301,10 @@ class TaskManager:
         try:
             with metrics.UNIT_SECONDS.labels(plan.kind.value).time():
                 operations = [await _decoded(item) for item in plan.operations]
+                self._keeper.note_running(
+                    self._backend.capabilities().base_model,
+                    [item.request_id for item in operations],
+                )
                 async with self.suspects.alone(item.request_id for item in operations):
                     await self._units.run(plan.kind, operations, self._queues)
             self.suspects.forget(item.request_id for item in operations)
@@ -369,11 +375,14 @@ class TaskManager:
             self._settling.compare(operation, outcome.result)
         else:
             self._replay_failed(operation, BackendError(outcome.result.error))
+        if operation.is_settled and outcome.undo is not None:
+            await outcome.undo()  # its files have done their part, and are those of no record
 
-    def _start(self, model_id: str, work: Coroutine[None, None, None]) -> None:
+    def _start(self, model_id: str, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.setdefault(model_id, set()).add(task)
         task.add_done_callback(lambda done: self._ended(model_id, done))
+        return task
 
     def _ended(self, model_id: str, task: asyncio.Task[None]) -> None:
         tasks = self._tasks[model_id]
@@ -404,10 +413,12 @@ class TaskManager:
             if (poison := verdict.poison.get(operation.request_id)) is None:
                 continue
             log.error("operation.poison", request_id=operation.request_id, error=str(poison))
-            if operation.is_settled:
+            if operation.is_settled or operation.seq == 0:
                 self._lose(operation.model_id, poison)
             else:
-                self._units.fail([operation], poison)
+                # The model comes back from the database, which knows what this did to its window.
+                outcome = Outcome(failed(poison, effect_of_failure(operation)))
+                self._settling.put(operation, outcome)
 
     def _revive_stale(self) -> None:
         health = self._backend.health()
@@ -417,9 +428,8 @@ class TaskManager:
             )
             if stale:
                 queue.must_revive = True
-            if queue.must_revive and _has_work(queue) and not queue.reviving and not queue.busy:
-                queue.reviving = True
-                self._start(queue.model_id, self._revive(queue))
+            if queue.must_revive and _has_work(queue) and queue.reviving is None and not queue.busy:
+                queue.reviving = self._start(queue.model_id, self._revive(queue))
 
     async def _revive(self, queue: ModelQueue) -> None:
         """Beside the loop. Everything that is known of the model's operations is stored first, so
@@ -449,7 +459,7 @@ class TaskManager:
         except TinkercloudError as error:
             self._lose(model_id, error)
         finally:
-            queue.reviving = False
+            queue.reviving = None
             self._wake.set()
 
     def _replay_failed(self, operation: Operation, error: TinkercloudError) -> None:

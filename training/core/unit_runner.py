@@ -168,17 +168,13 @@ class UnitRunner:
             self._settle(operation, failed(error, self._spoil(operation, error)))
 
     def _spoil(self, operation: Operation, error: TinkercloudError) -> WindowEffect | None:
-        """After a pass or a step that broke, nobody knows which gradients the slot holds. A step
-        that was refused for its parameters left them as they were."""
-        refused = isinstance(operation.work, RefusedWork)
-        if operation.kind is FutureKind.OPTIM_STEP and refused:
-            return None
-        if operation.kind not in (FutureKind.FORWARD_BACKWARD, FutureKind.OPTIM_STEP):
+        effect = effect_of_failure(operation)
+        if effect is None:
             return None
         if (queue := self._queues.get(operation.model_id)) is not None:
             queue.spoil_window(f"{_name(operation)} {operation.seq}: {error}")
             queue.progress.accumulated(0, time.monotonic())
-        return WindowEffect.SPOILED
+        return effect
 
     def _done(self, operation: Operation, result: FutureResult) -> None:
         self._settle(operation, result)
@@ -191,6 +187,18 @@ class UnitRunner:
             self._settling.compare(operation, result)
         else:
             self._on_replay_failed(operation, BackendError(result.error))
+
+
+def effect_of_failure(operation: Operation) -> WindowEffect | None:
+    """After a pass or a step that broke, nobody knows which gradients the slot holds. A step that
+    was refused for its parameters left them as they were."""
+    match operation.kind:
+        case FutureKind.FORWARD_BACKWARD:
+            return WindowEffect.SPOILED
+        case FutureKind.OPTIM_STEP if not isinstance(operation.work, RefusedWork):
+            return WindowEffect.SPOILED
+        case _:
+            return None
 
 
 def _name(operation: Operation) -> str:

@@ -66,7 +66,8 @@ class Host:
         if slot is None:
             return
         try:
-            await self.backend.unload_slot(slot)
+            if self.backend.health().alive:  # else it went with its engine
+                await self.backend.unload_slot(slot)
         except BackendError as error:
             # It went with its engine, or the next model that gets the slot replaces it.
             log.warning("slot.not_unloaded", slot=slot, error=str(error))

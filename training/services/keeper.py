@@ -18,6 +18,7 @@ from training.core.unit_runner import failed
 from training.services.loaded import Decoders, LoadedModel, LoadedModels
 from training.services.model_snapshots import ModelSnapshots
 from training.services.promises import Promises
+from training.services.running import RunningRequests
 from training.storage.database import Database
 from training.storage.repositories import futures, models
 
@@ -35,17 +36,22 @@ class ModelKeeper:
         promises: Promises,
         loaded: LoadedModels,
         snapshots: ModelSnapshots,
+        running: RunningRequests,
     ) -> None:
         self._database = database
         self._promises = promises
         self._loaded = loaded
         self._snapshots = snapshots
+        self._running = running
 
     async def settle(self, operation: Operation, outcome: Outcome) -> None:
         await self._promises.settle_outcome(operation.request_id, outcome)
 
     async def snapshot(self, model_id: str, seq: int) -> FinishSnapshot:
         return await self._snapshots.capture(self._get(model_id), seq)
+
+    def note_running(self, engine: str, request_ids: Sequence[str]) -> None:
+        self._running.note(engine, request_ids)
 
     async def note_deaths(self, request_ids: Sequence[str]) -> None:
         try:

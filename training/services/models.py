@@ -13,6 +13,7 @@ from training.backends.base import LoraSpec
 from training.core import ids
 from training.core.converters import to_lora_spec, to_optimizer_family
 from training.core.errors import (
+    BackendError,
     Gone,
     InvalidRequest,
     NotFound,
@@ -159,7 +160,12 @@ class ModelService:
                 continue
             loaded = LoadedModel(model, host)
             if model.status is ModelStatus.READY:
-                loaded.slot = host.slots.allocate(model.model_id)
+                try:
+                    loaded.slot = host.slots.allocate(model.model_id)
+                except BackendError as error:
+                    # The same where a smaller ``engine.max_slots`` leaves it no place.
+                    log.error("model.not_served", model_id=model.model_id, error=str(error))
+                    continue
             self._loaded.add(loaded)
             next_seq = covered.get(model.model_id, -1) + 1
             host.tasks.open_stored(

@@ -23,6 +23,7 @@ from training.services.models import ModelService
 from training.services.operations import OperationDesk
 from training.services.promises import Promises
 from training.services.quotas import Quotas
+from training.services.running import RunningRequests
 from training.services.sampling import SamplingService
 from training.services.sessions import SessionService
 from training.services.training import (
@@ -65,7 +66,10 @@ class Server:
         snapshot_files = CheckpointFiles(config.storage.resolved_snapshot_dir())
         self._loaded = LoadedModels()
         self.snapshots = ModelSnapshots(self.database, snapshot_files, durability.snapshots_kept)
-        self.keeper = ModelKeeper(self.database, self.promises, self._loaded, self.snapshots)
+        self._requests = RunningRequests(config.storage.metadata_dir / "running.json")
+        self.keeper = ModelKeeper(
+            self.database, self.promises, self._loaded, self.snapshots, self._requests
+        )
         self.janitor = Janitor(self.database, self.promises, durability.results_kept_s)
         self.sessions = SessionService(
             self.database, config.session, self.quotas, self._session_ended
@@ -86,6 +90,8 @@ class Server:
         on_close = self._running.push_async_callback
         await self.database.start()
         on_close(self.database.close)
+        await self._blame_earlier()
+        self._running.callback(self._requests.close)
         await in_thread(self.files.prepare)
         await self.snapshots.prepare()
         self.hosts = await start_hosts(self.config, self.files, self.keeper)
@@ -156,6 +162,13 @@ class Server:
         await self.models.restore()
         for stored in await self.database.read(futures.pending, FutureKind.SAMPLE):
             await self._resume_sample(stored)
+
+    async def _blame_earlier(self) -> None:
+        """The kernel may have killed an earlier process and its engine for what they were doing."""
+        guilty = self._requests.start()
+        if guilty:
+            log.warning("server.ran_out_of_memory", request_ids=guilty)
+            await self.database.write(futures.note_deaths, guilty)
 
     async def _finish_ended_sessions(self) -> None:
         """Of those that ended in the moment in which the server did."""
