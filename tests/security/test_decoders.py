@@ -88,7 +88,7 @@ def sparse(rows: int, columns: int, dtype: pb.DType.ValueType = pb.DTYPE_INT64) 
 @pytest.mark.parametrize("columns", [2**60, 2**40, 2**31, 2**24, 2**19])
 def test_a_few_bytes_do_not_become_a_huge_tensor(columns: int) -> None:
     message = pb.ForwardBackwardRequest(model_id="m", seq_id=1, loss_fn="cross_entropy")
-    for _ in range(64):
+    for _ in range(16):
         datum = message.data.add()
         datum.model_input.add().encoded_text.tokens = struct.pack("<i", 1)
         datum.loss_fn_inputs["target_tokens"].CopyFrom(sparse(1, columns))
@@ -217,8 +217,8 @@ TEXTS: dict[str, bytes] = {
     "a text of 100 MB": b'{"display_name": "' + b"x" * (100 * MIB) + b'"}',
     "30 MB of brackets": b"[" * (30 * MIB),
 }
-HARMLESS = {"a deep field that nobody knows", "NaN", "infinity", "an exponent of a million digits"}
-"""Not looked at, or kept as null: in metadata that only its owner reads."""
+HARMLESS = {"NaN", "infinity", "an exponent of a million digits"}
+"""Kept as null, in metadata that only its owner reads."""
 
 
 @given(st.dictionaries(TEXT, VALUES) | VALUES)
@@ -233,7 +233,7 @@ def test_hostile_json_is_refused_or_harmless(name: str) -> None:
     body = TEXTS[name]
     before = peak_bytes()
     if name in HARMLESS:
-        assert parse_json(CreateSessionRequest, body).user_metadata in (None, {"a": None})
+        assert parse_json(CreateSessionRequest, body).user_metadata == {"a": None}
     else:
         with pytest.raises(RequestError) as caught:
             parse_json(CreateSessionRequest, body)
