@@ -17,6 +17,7 @@ from training.routers.documentation import complete_openapi, docs_router
 from training.routers.errors import install_error_handlers
 from training.routers.headers import install_headers
 from training.routers.hub import hub_router
+from training.routers.pacing import PacedApp
 from training.services.downloads import open_downloads
 from training.services.server import Server
 
@@ -44,7 +45,7 @@ def create_app(config: TrainingConfig | None = None) -> FastAPI:
         finally:
             await server.close()
 
-    app = FastAPI(
+    app = PacedApp(
         title="tinkercloud",
         version=__version__,
         description="An open server for the Tinker training API.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import signal
 import socket
 import sys
@@ -26,6 +27,8 @@ KEEP_ALIVE_S = 75
 """Longer than clients keep idle connections, so that the server is not the one to close them in
 the moment a request is sent."""
 SHUTDOWN_S = 30
+COLLECT_AFTER = (10_000, 5, 200)
+"""New objects, collections of these, collections of those: Python's own are (700, 10, 10)."""
 
 
 def serve(
@@ -110,11 +113,21 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
+            calm_collector()
             self._on_started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._on_stopping()
         await super().shutdown(sockets)
+
+
+def calm_collector() -> None:
+    """Full garbage collections look at every object there is, while all requests stand still: 0.2 s
+    with 500 clients, every few seconds. So what the start has left is not looked at again (0.1 s),
+    and the rest rarely; what a request leaves behind is found by the small ones (10 ms)."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*COLLECT_AFTER)
 
 
 def _exit(_signal_number: int, _frame: FrameType | None) -> None:

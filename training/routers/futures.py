@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from training.core.errors import Busy, StorageError
@@ -41,7 +41,9 @@ _RESULTS: dict[int | str, dict[str, Any]] = {
 
 
 @router.post("/retrieve_future", responses=_RESULTS, openapi_extra=json_body(RetrieveFutureRequest))
-async def retrieve_future(server: ServerDep, owner: OwnerDep, body: BodyDep) -> Response:
+async def retrieve_future(
+    http: Request, server: ServerDep, owner: OwnerDep, body: BodyDep
+) -> Response:
     """The result's own bytes; 200 with ``error`` for a failure; 408 while there is neither."""
     request = await parse(RetrieveFutureRequest, body)
     timeout_s = server.config.server.long_poll_s
@@ -50,6 +52,7 @@ async def retrieve_future(server: ServerDep, owner: OwnerDep, body: BodyDep) -> 
     except StorageError as error:
         # The SDK asks again without a pause after a 5xx here, and with one after a 429.
         raise Busy(str(error), retry_after_s=2.0) from error
+    await http.app.state.turnstile.enter()  # a unit wakes hundreds at once
     if result is None:
         return answer(TryAgain(request_id=request.request_id), status=408)
     if result.status is FutureStatus.DONE:
