@@ -1,18 +1,33 @@
-"""Requests enter few at a time, but for those that must never wait for the others."""
+"""How requests enter: few at a time, but for those that must never wait for the others.
+
+A heartbeat of a session that is known to live has a short way of its own: 5,000 idle sessions send
+500 a second, and FastAPI's part of a request is many times that of a heartbeat. Whatever is not
+plain about one goes the usual way.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import orjson
 from fastapi import FastAPI
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
+from training.core.errors import Unauthenticated
 from training.core.turnstile import Turnstile
 from training.routers.common import API
+from training.services.server import Server
+from training.wire.responses import Heartbeat, dump_json
 
 PER_TURN = 4
 """Each takes a millisecond or two of the event loop."""
-AT_ONCE = frozenset({f"{API}/health", f"{API}/healthz", f"{API}/session_heartbeat", "/metrics"})
+HEARTBEAT = f"{API}/session_heartbeat"
+AT_ONCE = frozenset({f"{API}/health", f"{API}/healthz", HEARTBEAT, "/metrics"})
+_BEATEN = dump_json(Heartbeat())
+_BEATEN_HEADERS = [
+    (b"content-length", str(len(_BEATEN)).encode()),
+    (b"content-type", b"application/json"),
+]
 
 
 class PacedApp(FastAPI):
@@ -24,6 +39,40 @@ class PacedApp(FastAPI):
         self._turnstile = self.state.turnstile = Turnstile(PER_TURN)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in AT_ONCE:
-            await self._turnstile.enter()
+        if scope["type"] == "http":
+            if scope["path"] == HEARTBEAT and scope["method"] == "POST":
+                first = await receive()
+                if _has_beaten(self.state.server, scope, first):
+                    start = {"type": "http.response.start", "status": 200}
+                    await send(start | {"headers": _BEATEN_HEADERS})
+                    await send({"type": "http.response.body", "body": _BEATEN})
+                    return
+                receive = _beginning_with(first, receive)
+            elif scope["path"] not in AT_ONCE:
+                await self._turnstile.enter()
         await super().__call__(scope, receive, send)
+
+
+def _has_beaten(server: Server, scope: Scope, message: Message) -> bool:
+    """False for all that needs a closer look."""
+    headers = dict(scope["headers"])
+    if message["type"] != "http.request" or message.get("more_body"):
+        return False
+    if b"content-encoding" in headers or b"x-api-key" not in headers:
+        return False
+    try:
+        owner = server.auth.authenticate(headers[b"x-api-key"].decode("latin-1"))
+        body = orjson.loads(message["body"])
+    except (Unauthenticated, orjson.JSONDecodeError):
+        return False
+    session_id = body.get("session_id") if isinstance(body, dict) else None
+    return isinstance(session_id, str) and server.sessions.beat(owner, session_id)
+
+
+def _beginning_with(first: Message, receive: Receive) -> Receive:
+    messages = [first]
+
+    async def again() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return again

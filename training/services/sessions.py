@@ -21,7 +21,8 @@ from training.wire.requests import CreateSessionRequest
 
 log = structlog.get_logger(__name__)
 
-_FLUSH_S = 10.0
+_FLUSH_S = 30.0
+"""After a restart all sessions start afresh, so what is written serves only to find silent ones."""
 _BEATS_AT_ONCE = 500
 
 
@@ -113,7 +114,16 @@ class SessionService:
             self._beats[session_id] = utcnow()
         return session
 
+    def beat(self, owner: str, session_id: str) -> bool:
+        """Notes the heartbeat of a session that this process knows; False where it has to look."""
+        session = self._active.get(session_id)
+        if session is None or session.owner != owner:
+            return False
+        self._beats[session_id] = utcnow()
+        return True
+
     async def heartbeat(self, owner: str, session_id: str) -> None:
+        """Raises ``NotFound`` or ``Gone``."""
         await self.get_active(owner, session_id)
 
     async def finish(self, owner: str, session_id: str, reason: str, detail: str | None) -> None:
