@@ -269,3 +269,21 @@ async def test_a_session_that_ends_while_the_server_is_down_is_ended(tmp_path: P
         assert "ended" in result.error
         assert (await server.models.get(ME, client.model_id)).status is ModelStatus.UNLOADED
         assert await rows(server, tables.snapshots) == 0
+
+
+async def test_the_bytes_of_a_session_go_though_the_server_died_at_its_end(tmp_path: Path) -> None:
+    """Nothing of it was pending any more."""
+    settings = eager(tmp_path)
+    async with running(settings) as server:
+        client = await Client.connect(server)
+        await client.create()
+        await steps(client, 2)
+
+        def end(connection: sa.Connection) -> None:
+            connection.execute(sa.update(tables.sessions).values(status="finished"))
+
+        await server.database.write(end)
+        assert await rows(server, tables.results) > 0
+    async with running(settings) as server:
+        assert await rows(server, tables.payloads) == 0
+        assert await rows(server, tables.results) == 0

@@ -209,12 +209,19 @@ def fail_orphans(connection: sa.Connection, error: str, at: datetime) -> int:
 
 
 def sessions_with_leftovers(connection: sa.Connection) -> list[str]:
-    """Sessions that have ended and still have unsettled promises."""
-    query = (
-        sa.select(table.c.session_id)
-        .join(sessions, sessions.c.session_id == table.c.session_id)
-        .where(table.c.status == FutureStatus.PENDING, sessions.c.status != SessionStatus.ACTIVE)
-        .distinct()
+    """Sessions that have ended and still have unsettled promises, payloads or results."""
+    ended = sa.select(table.c.session_id).join(
+        sessions,
+        sa.and_(
+            sessions.c.session_id == table.c.session_id,
+            sessions.c.status != SessionStatus.ACTIVE,
+        ),
+    )
+    query = sa.union(
+        ended.where(table.c.status == FutureStatus.PENDING),
+        # From the bytes, which are few, not from the history, which is long.
+        ended.join(payloads, payloads.c.request_id == table.c.request_id),
+        ended.join(results, results.c.request_id == table.c.request_id),
     )
     return list(connection.execute(query).scalars())
 
