@@ -33,6 +33,8 @@ CONFIG: Mapping[str, Any] = {
     # Chunks of a forward_backward are requests of their own: several of them to each.
     "client": {"fwdbwd_max_chunk_len": 4},
     "engine": {"max_restarts": 100_000},
+    # Runs are short: with the usual settings they would see few snapshots.
+    "durability": {"snapshot_steps": 3, "snapshot_pause_s": 0.2, "snapshot_share": 0.5},
 }
 
 

@@ -117,22 +117,23 @@ class Data:
                 yield f"{scope} has {number} operations, numbered {first} to {last}"
 
     def _models(self) -> Iterator[str]:
-        for model_id, status, corrupted in self.rows(
-            "SELECT model_id, status, corrupted FROM models"
+        for model_id, status, corrupted, fault in self.rows(
+            "SELECT model_id, status, corrupted, fault FROM models"
         ):
             if corrupted:
-                yield f"model {model_id} is marked corrupted"
+                yield f"model {model_id} is marked corrupted: {fault}"
             if status != "unloaded":
                 yield f"model {model_id} of an ended session is {status}"
 
     def _directories(self) -> Iterator[str]:
-        root = self._directory / "checkpoints"
-        on_disk = {path.name for path in root.iterdir() if not path.name.startswith(".")}
-        known = {directory for (directory,) in self.rows("SELECT directory FROM checkpoints")}
-        if orphans := on_disk - known:
-            yield f"{len(orphans)} checkpoint directories belong to nothing: {sorted(orphans)[:3]}"
-        if missing := known - on_disk:
-            yield f"{len(missing)} checkpoints have no directory: {sorted(missing)[:3]}"
+        for table, place in (("checkpoints", "checkpoints"), ("snapshots", "metadata/snapshots")):
+            root = self._directory / place
+            on_disk = {path.name for path in root.iterdir() if not path.name.startswith(".")}
+            known = {directory for (directory,) in self.rows(f"SELECT directory FROM {table}")}
+            if orphans := on_disk - known:
+                yield f"{len(orphans)} directories of {table} have no row: {sorted(orphans)[:3]}"
+            if missing := known - on_disk:
+                yield f"{len(missing)} {table} have no directory: {sorted(missing)[:3]}"
         for staging in self._directory.rglob(".staging"):
             if left := list(staging.iterdir()):
                 yield f"{len(left)} unfinished directories are left in {staging}"

@@ -90,12 +90,19 @@ async def mid_checkpoint(scene: Scene) -> AsyncIterator[None]:
     yield
 
 
+@asynccontextmanager
+async def mid_snapshot(scene: Scene) -> AsyncIterator[None]:
+    await _being_written(scene, scene.directory / "metadata" / "snapshots" / ".staging")
+    yield
+
+
 IN_RECOVERY = "in-recovery"
 MOMENTS: Mapping[str, Moment] = {
     "random": at_random,
     "mid-body": mid_body,
     "mid-batch": mid_batch,
     "mid-checkpoint": mid_checkpoint,
+    "mid-snapshot": mid_snapshot,
     "before-answer": before_answer,
     "before-result": before_result,
     "at-the-end": at_the_end,
@@ -117,5 +124,5 @@ async def _trapped(scene: Scene, stage: Stage, *suffixes: str) -> AsyncIterator[
 
 async def _being_written(scene: Scene, staging: Path) -> None:
     """Until a directory is there, and then a little: its files are small."""
-    await until(lambda: any(staging.iterdir()), _LOOK_S)
+    await until(lambda: staging.is_dir() and any(staging.iterdir()), _LOOK_S)
     await asyncio.sleep(scene.random.uniform(0.0, 0.01))

@@ -17,7 +17,14 @@ from benchmarks.chaos_server import Target
 from tests.servers import FAKE_MODEL, merged
 from training.config import EMBEDDED_MODEL
 
-API_MOMENTS = ("random", "mid-body", "mid-checkpoint", "before-answer", "before-result")
+API_MOMENTS = (
+    "random",
+    "mid-body",
+    "mid-checkpoint",
+    "mid-snapshot",
+    "before-answer",
+    "before-result",
+)
 
 
 def kill_test(
