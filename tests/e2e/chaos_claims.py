@@ -180,9 +180,13 @@ class Listener:
 
 def _broken_checkpoints(database: sqlite3.Connection, root: Path) -> Iterator[str]:
     """Whatever has a row has its files."""
-    files = CheckpointFiles(root / "checkpoints")
-    for path, directory in database.execute("SELECT path, directory FROM checkpoints"):
-        try:
-            files.verify(directory)
-        except TinkercloudError as error:
-            yield f"{path}: {error}"
+    for place, query in (
+        ("checkpoints", "SELECT path, directory FROM checkpoints"),
+        ("metadata/snapshots", "SELECT model_id || ' ' || seq, directory FROM snapshots"),
+    ):
+        files = CheckpointFiles(root / place)
+        for name, directory in database.execute(query):
+            try:
+                files.verify(directory)
+            except TinkercloudError as error:
+                yield f"{name}: {error}"

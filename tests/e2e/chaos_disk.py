@@ -24,7 +24,7 @@ Tree = Mapping[str, bytes | None]
 """Path below the root -> content; None is a directory, which comes before what is in it."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class File:
     synced: bytearray = field(default_factory=bytearray)
     unsynced: list[Change] = field(default_factory=list)
@@ -74,7 +74,7 @@ class Change:
         return [Change(self.offset + start, self.data[start:end]) for start, end in pairwise(cuts)]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Directory:
     synced: dict[str, Node] = field(default_factory=dict)
     current: dict[str, Node] = field(default_factory=dict)
@@ -121,12 +121,14 @@ class Disk:
         self._path = root
         self._root = Directory()
         self._by_inode: dict[int, Node] = {root.stat().st_ino: self._root}
+        self._directories = [self._root]
+        """All that there ever were: inodes are used again."""
         self._namings: list[Naming] = []
         for path in sorted(root.rglob("*")):  # parents first
             node = Directory() if path.is_dir() else File(bytearray(path.read_bytes()))
             directory, name = self._place(str(path))
             directory.synced[name] = directory.current[name] = node
-            self._by_inode[path.stat().st_ino] = node
+            self._know(path.stat().st_ino, node)
 
     # ----------------------------------------------------------------- events
 
@@ -147,6 +149,9 @@ class Disk:
                 self._name(Entry(directory, name, None))
             case Did.MKDIR:
                 self._appear(event, Directory())
+            case Did.LINK:
+                directory, name = self._place(event.name)
+                self._name(Entry(directory, name, self._by_inode[event.inode]))
             case Did.MMAP:
                 name = self._name_of(self._by_inode[event.inode])
                 assert name.endswith("-shm"), f"{name} is written through memory, unseen"
@@ -167,8 +172,13 @@ class Disk:
 
     def _appear(self, event: Event, node: Node) -> None:
         directory, name = self._place(event.name)
-        self._by_inode[event.inode] = node  # of one that was deleted, perhaps
+        self._know(event.inode, node)
         self._name(Entry(directory, name, node))
+
+    def _know(self, inode: int, node: Node) -> None:
+        self._by_inode[inode] = node
+        if isinstance(node, Directory):
+            self._directories.append(node)
 
     def _renamed(self, source: str, target: str) -> None:
         (from_directory, old), (to_directory, new) = self._place(source), self._place(target)
@@ -204,12 +214,8 @@ class Disk:
         return directory, name
 
     def _name_of(self, node: Node) -> str:
-        names = (_name_in(directory, node) for directory in self._directories())
+        names = (_name_in(directory, node) for directory in self._directories)
         return next(name for name in names if name is not None)
-
-    def _directories(self) -> list[Directory]:
-        nodes = self._by_inode.values()
-        return [node for node in nodes if isinstance(node, Directory)]
 
     # ----------------------------------------------------------------- what is found
 
@@ -218,19 +224,38 @@ class Disk:
         return _tree(self._root, lambda directory: directory.current, File.current)
 
     def after_a_cut(self, lucky: Lucky) -> Tree:
-        entries = {directory: dict(directory.synced) for directory in self._directories()}
+        entries = {directory: dict(directory.synced) for directory in self._directories}
         for naming in self._namings:
             if lucky():
                 _apply(naming, entries.__getitem__)
         return _tree(self._root, entries.__getitem__, lambda file: file.after_a_cut(lucky))
 
 
-def write(tree: Tree, to: Path) -> None:
-    for path, content in tree.items():
-        if content is None:
-            (to / path).mkdir()
-        else:
-            (to / path).write_bytes(content)
+class Folder:
+    """Becomes one disk after the other, and writes only what is not there yet."""
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir()
+        self.path = path
+        self._tree: Tree = {}
+
+    def become(self, tree: Tree) -> Path:
+        """Whoever looks at it may change databases, and nothing else."""
+        for path in sorted(self.path.rglob("*"), reverse=True):  # what is in it goes first
+            name = str(path.relative_to(self.path))
+            if name in tree and (tree[name] is None) == path.is_dir():
+                continue
+            if path.is_dir():
+                path.rmdir()
+            else:
+                path.unlink()
+        for name, content in tree.items():
+            if content is None:
+                (self.path / name).mkdir(exist_ok=True)
+            elif ".db" in name or content != self._tree.get(name):
+                (self.path / name).write_bytes(content)
+        self._tree = tree
+        return self.path
 
 
 def read(root: Path) -> Tree:

@@ -26,7 +26,7 @@
 
 namespace {
 
-enum Kind : uint8_t { Open = 1, Write, Truncate, Sync, Rename, Unlink, Mkdir, Mmap, Accepted, Heard, Said };
+enum Kind : uint8_t { Open = 1, Write, Truncate, Sync, Rename, Unlink, Mkdir, Mmap, Link, Accepted, Heard, Said };
 
 struct __attribute__((packed)) Event {
     uint8_t kind;
@@ -161,7 +161,7 @@ int on_inode(Kind kind, int fd, uint64_t value, int result) {
 int on_path(Kind kind, const std::string& path, int result) {
     if (result != 0 || !is_ours(path)) return result;
     struct stat found = {};
-    if (kind == Mkdir) syscall(SYS_newfstatat, AT_FDCWD, path.c_str(), &found, 0);
+    if (kind == Mkdir || kind == Link) syscall(SYS_newfstatat, AT_FDCWD, path.c_str(), &found, 0);
     append({kind, 0, 0, found.st_ino, 0, 0, 0}, path, nullptr, 0, 0);
     return result;
 }
@@ -341,6 +341,18 @@ int renameat(int from_directory, const char* from, int to_directory, const char*
     return renamed(source, target, call(from_directory, from, to_directory, to));
 }
 
+int link(const char* from, const char* to) noexcept {
+    REAL(link);
+    std::string target = absolute(AT_FDCWD, to);
+    return on_path(Link, target, call(from, to));
+}
+
+int linkat(int from_directory, const char* from, int to_directory, const char* to, int flags) noexcept {
+    REAL(linkat);
+    std::string target = absolute(to_directory, to);
+    return on_path(Link, target, call(from_directory, from, to_directory, to, flags));
+}
+
 int unlink(const char* path) noexcept {
     REAL(unlink);
     std::string whole = absolute(AT_FDCWD, path);
@@ -372,12 +384,6 @@ int mkdirat(int directory, const char* path, mode_t mode) noexcept {
 }
 
 // What cannot be followed must not happen unseen.
-int link(const char* from, const char* to) noexcept {
-    REAL(link);
-    if (is_ours(absolute(AT_FDCWD, to))) unseen("link");
-    return call(from, to);
-}
-
 int symlink(const char* target, const char* path) noexcept {
     REAL(symlink);
     if (is_ours(absolute(AT_FDCWD, path))) unseen("symlink");

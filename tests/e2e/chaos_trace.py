@@ -25,9 +25,10 @@ class Did(IntEnum):
     UNLINK = 6
     MKDIR = 7
     MMAP = 8
-    ACCEPTED = 9
-    HEARD = 10
-    SAID = 11
+    LINK = 9
+    ACCEPTED = 10
+    HEARD = 11
+    SAID = 12
 
 
 class Event(NamedTuple):

@@ -23,7 +23,7 @@ import pytest
 from tests.backends.tiny import write_tiny_llama
 from tests.e2e import chaos_disk
 from tests.e2e.chaos_claims import Claims, Listener
-from tests.e2e.chaos_disk import Disk, Lucky, Tree
+from tests.e2e.chaos_disk import Disk, Folder, Lucky, Tree
 from tests.e2e.chaos_trace import Did, Event, Recorder
 from tests.e2e.raw import Raw
 from tests.servers import FAKE_MODEL, REPOSITORY, Server, running_server, server_in
@@ -75,6 +75,7 @@ def config_of(data: Path, model: Path) -> dict[str, Any]:
             "checkpoint_dir": str(data / "checkpoints"),
         },
         "client": {"fwdbwd_max_chunk_len": 4},
+        "durability": {"snapshot_steps": 2, "snapshot_pause_s": 0.0, "snapshot_share": 1.0},
         "supported_models": [{"name": FAKE_MODEL, "path": str(model)}],
         "engine": {"dtype": "float32", "num_threads": 1, "kv_cache_tokens": 4096},
     }
@@ -113,11 +114,13 @@ def run_clients(server: Server, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tried(recorded: Recorded, tmp_path_factory: pytest.TempPathFactory) -> Tried:
-    return try_cuts(recorded, recorded.events, CHANCES, tmp_path_factory.mktemp("cuts"))
+    return try_cuts(
+        recorded, recorded.events, CHANCES, Folder(tmp_path_factory.mktemp("cuts") / "data")
+    )
 
 
 def try_cuts(
-    recorded: Recorded, events: list[Event], chances: Sequence[float], folder: Path
+    recorded: Recorded, events: list[Event], chances: Sequence[float], folder: Folder
 ) -> Tried:
     """Until the first client says goodbye: from then on results may be deleted."""
     disk, listener, draw = copy.deepcopy(recorded.disk), Listener(), random.Random(1)
@@ -133,7 +136,7 @@ def try_cuts(
             continue
         for chance in chances:
             tree = disk.after_a_cut(Lucky(draw, chance))
-            told = claims.broken(written(tree, folder / "cut"))
+            told = claims.broken(folder.become(tree))
             broken += [f"event {number}, chance {chance}: {problem}" for problem in told]
             num_cuts += 1
         if len(claims.accepted) in keep_at:
@@ -142,16 +145,9 @@ def try_cuts(
     return Tried(num_cuts, broken, some, disk)
 
 
-def written(tree: Tree, folder: Path) -> Path:
-    """``folder``, with nothing but what the disk had."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    chaos_disk.write(tree, folder)
-    return folder
-
-
 def test_the_record_is_complete(recorded: Recorded, tried: Tried) -> None:
-    """With all events and no cut the rebuilt disk is the real one."""
+    """With all events and no cut the rebuilt disk is the real one. Snapshots were taken too."""
+    assert any("/snapshots/" in event.name for event in recorded.events if event.did is Did.RENAME)
     assert tried.disk.current() == chaos_disk.read(recorded.data)
 
 
@@ -167,7 +163,7 @@ def test_what_is_not_synced_is_missed(recorded: Recorded, tmp_path: Path) -> Non
         event for event in recorded.events if event.did is not Did.SYNC or event.inode not in log
     ]
     assert len(unsynced) < len(recorded.events)
-    assert try_cuts(recorded, unsynced, CHANCES[:1], tmp_path).broken
+    assert try_cuts(recorded, unsynced, CHANCES[:1], Folder(tmp_path / "cut")).broken
 
 
 @pytest.mark.parametrize("number", range(NUM_RESUMED))
@@ -176,7 +172,7 @@ def test_a_server_goes_on_from_what_a_cut_left(
 ) -> None:
     """Every promise is kept, and with the very bytes of the server that was never cut off."""
     tree, claims = tried.some[number]
-    data = written(tree, tmp_path / "data")
+    data = Folder(tmp_path / "data").become(tree)
     promised = without_gaps(data) & set(claims.accepted)
     with running_server(tmp_path, config_of(data, recorded.model)) as server, Raw(server) as raw:
         for request_id in sorted(promised):
