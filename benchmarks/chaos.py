@@ -38,6 +38,10 @@ CONFIG: Mapping[str, Any] = {
 }
 
 
+FAKE_TARGETS = (Target.API, Target.STOP)
+"""The fake model has no engine process."""
+
+
 def fake_setup(workloads: Sequence[str]) -> tuple[dict[str, Any], list[Workload]]:
     sizes = {"sft": (24, 6, 24), "rl": (6, 3, 16)}
     return dict(CONFIG), [Workload(name, FAKE_MODEL, *sizes[name]) for name in workloads]
@@ -78,7 +82,7 @@ def main() -> None:
     names = ("sft", "rl") if options.workload == "both" else (options.workload,)
     if options.model == "fake":
         config, workloads = fake_setup(names)
-        plan = Plan(options.kills, options.seed, (Target.API,), options.moments, 0.5, 2.0)
+        plan = Plan(options.kills, options.seed, FAKE_TARGETS, options.moments, 0.5, 2.0)
     else:
         config, workloads = real_setup(names, options.model_dir, options.threads)
         plan = Plan(options.kills, options.seed, tuple(Target), options.moments, 2.0, 6.0)
@@ -132,7 +136,11 @@ def report(console: Console, undisturbed: Outcome, killed: Outcome) -> None:
             f"{statistics.mean(killed.seconds[name]):.1f}",
         )
     console.print(table)
-    console.print(f"server started {killed.num_starts} times, {killed.num_engines} engines")
+    wasted = sum(killed.replays) / len(killed.kills) if killed.kills else 0.0
+    console.print(
+        f"server started {killed.num_starts} times, {killed.num_engines} engines; models brought "
+        f"back {len(killed.replays)} times; operations run again for a kill: {wasted:.1f}"
+    )
 
 
 def kills_table(killed: Outcome) -> Table:

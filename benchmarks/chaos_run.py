@@ -70,6 +70,8 @@ class Outcome:
     wall_s: float = 0.0
     num_starts: int = 0
     num_engines: int = 0
+    replays: list[int] = field(default_factory=list)
+    """Of each model that was brought back: operations that were run again for that."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -119,6 +121,7 @@ class Trial:
         outcome.wall_s = time.monotonic() - start
         outcome.num_starts = self._server.num_starts
         outcome.num_engines = len(self._server.engines)
+        outcome.replays = self._server.replays()
         data = Data(self._directory)
         outcome.kept = data.kept()
         outcome.problems += [*self._server.problems, *data.problems()]
@@ -224,7 +227,7 @@ class Trial:
                 patience.reschedule(None)
                 await self._hit(kill, scene)
                 if held is not None:
-                    held.let_go(drop=kill.target is not Target.ENGINE)
+                    held.let_go(drop=kill.target in (Target.API, Target.BOTH))
         except TimeoutError:
             kill.moment = f"random ({kill.moment} did not come)"
             await self._hit(kill, scene)

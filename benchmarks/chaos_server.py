@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -18,6 +20,7 @@ from tests.servers import Server
 _POLL_S = 0.02
 _STOP_S = 120.0
 _ORPHAN_S = 30.0
+_STOPPED = (0, -signal.SIGTERM)
 
 
 async def until(condition: Callable[[], bool], look_s: float = _POLL_S) -> None:
@@ -27,9 +30,20 @@ async def until(condition: Callable[[], bool], look_s: float = _POLL_S) -> None:
 
 
 class Target(StrEnum):
+    """Who is killed; STOP asks the server to end (SIGTERM), as a service manager does."""
+
     API = "api"
     ENGINE = "engine"
     BOTH = "both"
+    STOP = "stop"
+
+
+_VICTIMS = {
+    Target.API: (Target.API,),
+    Target.ENGINE: (Target.ENGINE,),
+    Target.BOTH: (Target.ENGINE, Target.API),
+    Target.STOP: (Target.API,),
+}
 
 
 @dataclass(frozen=True)
@@ -42,10 +56,10 @@ class Process:
     def is_alive(self) -> bool:
         return _started(self.pid) == self.started
 
-    def kill(self) -> None:
+    def send(self, signal_number: signal.Signals) -> None:
         with suppress(ProcessLookupError):
             if self.is_alive():
-                os.kill(self.pid, signal.SIGKILL)
+                os.kill(self.pid, signal_number)
 
 
 class KilledServer:
@@ -57,7 +71,7 @@ class KilledServer:
         self.engines: set[Process] = set()
         """Every engine that was ever seen."""
         self.problems: list[str] = []
-        self._api_was_killed = False
+        self._ended_by: Target | None = None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -85,50 +99,54 @@ class KilledServer:
         return found
 
     def kill(self, target: Target, gap_s: float = 0.0) -> bool:
-        """SIGKILL; BOTH kills the engine first and the API ``gap_s`` later.
-
-        False where there was nobody to kill.
-        """
+        """BOTH kills the engine first and the API ``gap_s`` later. False: nobody was there."""
         found = self.processes()
-        wanted = [Target.ENGINE, Target.API] if target is Target.BOTH else [target]
-        victims = [each for each in wanted if each in found]
+        victims = [each for each in _VICTIMS[target] if each in found]
         for number, each in enumerate(victims):
             if number:
                 time.sleep(gap_s)
-            self._api_was_killed |= each is Target.API
-            found[each].kill()
+            if each is Target.API:
+                self._ended_by = target
+            is_asked = target is Target.STOP
+            found[each].send(signal.SIGTERM if is_asked else signal.SIGKILL)
         return bool(victims)
+
+    def replays(self) -> list[int]:
+        """Of each model that was brought back: how many operations were run again for that."""
+        lines = self.server.log_file.read_text(errors="replace").splitlines()
+        entries = [json.loads(line) for line in lines if '"model.revived"' in line]
+        return [int(entry["num_replayed"]) for entry in entries]
 
     def _spawn(self) -> None:
         self.num_starts += 1
-        self._api_was_killed = False
+        self._ended_by = None
         self.server.spawn()
+
+    def _check_end(self, code: int) -> None:
+        """One that was asked to stop says so with 0, unless it had just begun to start."""
+        if self._ended_by is None or (self._ended_by is Target.STOP and code not in _STOPPED):
+            tail = self.server.log_tail(15)
+            self.problems.append(f"the server ended by itself with code {code}:\n{tail}")
 
     async def _watch(self) -> None:
         while True:
             if (code := self.server.process.poll()) is not None:
-                if not self._api_was_killed:
-                    tail = self.server.log_tail(15)
-                    self.problems.append(f"the server ended by itself with code {code}:\n{tail}")
+                self._check_end(code)
                 self._spawn()
             self.processes()
             await asyncio.sleep(_POLL_S)
 
     async def _stop(self) -> None:
         """As a service manager does it: SIGTERM to the server's process, then patience."""
-        api = self.processes().get(Target.API)
-        if api is not None:
-            os.kill(api.pid, signal.SIGTERM)
+        self.kill(Target.STOP)
         try:
-            code = await asyncio.to_thread(self.server.process.wait, _STOP_S)
-        except Exception:
+            self._check_end(await asyncio.to_thread(self.server.process.wait, _STOP_S))
+        except subprocess.TimeoutExpired:
             self.problems.append(f"the server did not stop within {_STOP_S:g} s")
             for process in self.processes().values():
-                process.kill()
+                process.send(signal.SIGKILL)
             self.server.kill()
             return
-        if code != 0 and not self._api_was_killed:
-            self.problems.append(f"the stopped server exited with {code}")
         deadline = time.monotonic() + _ORPHAN_S
         while left := [engine.pid for engine in self.engines if engine.is_alive()]:
             if time.monotonic() > deadline:
