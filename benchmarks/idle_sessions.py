@@ -108,8 +108,10 @@ def measure(options: argparse.Namespace) -> None:
         server = stack.enter_context(running_server(directory, config))
         port = server.base_url.rsplit(":", 1)[1]
         crowd = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.idle_sessions"]
-            + ["--child", port, server.api_key, "--sessions", str(options.sessions)],
+            [
+                *(sys.executable, "-m", "benchmarks.idle_sessions"),
+                *("--child", port, server.api_key, "--sessions", str(options.sessions)),
+            ],
             cwd=REPOSITORY,
             env=clean_environment() | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,

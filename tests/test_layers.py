@@ -55,6 +55,7 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "sqlalchemy": frozenset({"storage"}),
     "alembic": frozenset({"storage"}),
     "asyncpg": frozenset({"storage"}),
+    "fsspec": frozenset({"storage"}),
     "torch": frozenset({"engine"}),
     "transformers": frozenset({"engine"}),
     "gguf": frozenset({"engine"}),

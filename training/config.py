@@ -123,14 +123,26 @@ class StorageConfig(_Section):
     futures_db_name: str = "futures.db"
     database_url: str | None = Field(None, repr=False)
     """SQLAlchemy URL; default: SQLite at ``metadata_dir / futures_db_name``."""
-    checkpoint_dir: Path = Path("data/checkpoints")
+    checkpoint_dir: str = "data/checkpoints"
+    """A directory, or a URL: ``s3://bucket/prefix``, ``gs://bucket/prefix``. One server's alone."""
+    checkpoint_cache_bytes: int = Field(10 * 2**30, ge=0)
+    """Of checkpoints from a URL, kept in ``metadata_dir / "checkpoint-cache"``."""
     snapshot_dir: Path | None = None
     """Where models that train are saved in the background. None: ``metadata_dir / "snapshots"``."""
+
+    @field_validator("checkpoint_dir", mode="before")
+    @classmethod
+    def _path_as_text(cls, value: object) -> object:
+        return str(value) if isinstance(value, Path) else value
 
     def resolved_database_url(self) -> str:
         if self.database_url:
             return self.database_url
         return f"sqlite:///{(self.metadata_dir / self.futures_db_name).absolute()}"
+
+    def local_checkpoint_dir(self) -> Path | None:
+        """None: checkpoints are kept elsewhere."""
+        return None if "://" in self.checkpoint_dir else Path(self.checkpoint_dir)
 
     def resolved_snapshot_dir(self) -> Path:
         return (self.snapshot_dir or self.metadata_dir / "snapshots").absolute()

@@ -341,11 +341,15 @@ async def test_directories_that_nothing_refers_to_are_removed_at_start(tmp_path:
         sampler = await client.save_for_sampler(0)
         staged = server.files.stage()
         (staged / "x").write_bytes(b"x")
-        server.files.commit(staged, "orphan")
-        assert len(server.files.names()) == 3
+        orphan = "0123456789abcdef" * 2
+        server.files.commit(staged, orphan)
+        other = tmp_path / "c" / "my own notes"
+        other.mkdir()
+        assert len(server.files.names()) == 4
     async with running(settings) as server:
-        assert "orphan" not in server.files.names()
-        assert len(server.files.names()) == 2
+        assert orphan not in server.files.names()
+        assert len(server.files.names()) == 3
+        assert other.is_dir(), "what was not made by the server is not its to remove"
         revived = Client(server, client.session_id)
         assert (await revived.sample(sampler, seq=5)).status is FutureStatus.DONE
 

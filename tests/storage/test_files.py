@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from training.core.errors import DamagedFile, NotFound, StorageError
+from training.storage import lock
 from training.storage.files import CheckpointFiles
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> CheckpointFiles:
+def files(tmp_path: Path) -> Iterator[CheckpointFiles]:
     files = CheckpointFiles(tmp_path / "checkpoints")
     files.prepare()
-    return files
+    yield files
+    files.close()
 
 
 def store(files: CheckpointFiles, name: str, content: bytes = b"weights") -> int:
@@ -32,6 +35,7 @@ def test_a_committed_directory_verifies_and_a_staged_one_is_not_seen(
     assert store(files, "one") == len(b"weights")
     assert files.names() == {"one"}
     assert (files.verify("one") / "adapter_model.safetensors").read_bytes() == b"weights"
+    files.close()
     files.prepare()
     assert not staged.exists()
     assert files.names() == {"one"}
@@ -69,3 +73,18 @@ def test_a_name_that_is_taken_is_not_overwritten(files: CheckpointFiles) -> None
     with pytest.raises(StorageError):
         store(files, "one", b"second")
     assert (files.verify("one") / "adapter_model.safetensors").read_bytes() == b"first"
+
+
+def test_a_directory_belongs_to_one_server(
+    files: CheckpointFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other would remove this one's checkpoints as nobody's."""
+    monkeypatch.setattr(lock, "WAIT_S", 0.1)
+    staged = files.stage()
+    other = CheckpointFiles(tmp_path / "checkpoints")
+    with pytest.raises(StorageError, match="another tinkercloud server"):
+        other.prepare()
+    assert staged.exists()
+    files.close()
+    other.prepare()
+    other.close()

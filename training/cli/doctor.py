@@ -109,9 +109,12 @@ def check_memory(_config: TrainingConfig) -> Iterator[Finding]:
 def check_directories(config: TrainingConfig) -> Iterator[Finding]:
     for subject, directory in (
         ("database", config.storage.metadata_dir),
-        ("checkpoints", config.storage.checkpoint_dir),
+        ("checkpoints", config.storage.local_checkpoint_dir()),
         ("models", config.model_dir),
     ):
+        if directory is None:
+            yield Finding(subject, State.NOTE, "in an object store, tried when the server starts")
+            continue
         existing = directory.absolute()
         while not existing.exists():
             existing = existing.parent

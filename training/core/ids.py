@@ -10,6 +10,7 @@ from enum import StrEnum
 from training.core.errors import InvalidRequest
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+=-]{0,199}")
+_DIRECTORY = re.compile(r"[0-9a-f]{32}")
 _SCHEME = "tinker://"
 
 
@@ -63,6 +64,17 @@ def checked_name(name: str) -> str:
 
 def new_session_id() -> str:
     return str(uuid.uuid4())
+
+
+def new_directory() -> str:
+    """A name for the files of a checkpoint or snapshot."""
+    return uuid.uuid4().hex
+
+
+def is_directory(name: str) -> bool:
+    """Whether ``new_directory`` may have given it: what is called otherwise is somebody else's, and
+    never removed."""
+    return _DIRECTORY.fullmatch(name) is not None
 
 
 def new_request_id() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -269,7 +268,7 @@ class CheckpointService:
             except BaseException:
                 await in_thread(self._files.discard, staged)
                 raise
-            directory = uuid.uuid4().hex
+            directory = ids.new_directory()
             size_bytes = await in_thread(self._files.commit, staged, directory)
             return _Stored(directory, size_bytes)
 

@@ -80,7 +80,7 @@ class Downloads:
         is_over = checkpoint.expires_at is not None and checkpoint.expires_at <= utcnow()
         if is_over or expires_s <= time.time():
             raise Gone("this link has expired; ask for a new one")
-        file = self._files.path(checkpoint.directory) / name
+        file = await in_thread(self._files.fetch, checkpoint.directory) / name
         if not await in_thread(file.is_file):
             raise NotFound("the checkpoint's files are gone from the server's disk")
         return file

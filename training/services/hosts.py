@@ -16,6 +16,7 @@ from training.core.keeper import Keeper
 from training.core.progress import SnapshotPolicy
 from training.core.slots import SlotPool
 from training.core.task_manager import TaskManager, TaskPolicy
+from training.core.threads import in_thread
 from training.services.results import encode_output
 from training.storage.files import CheckpointFiles
 
@@ -34,9 +35,7 @@ class Snapshots:
         """Publishes once, however many requests ask at the same moment."""
         publishing = self._published.get(snapshot_id)
         if publishing is None:
-            publishing = asyncio.ensure_future(
-                self._backend.publish(snapshot_id, self._files.path(snapshot_id))
-            )
+            publishing = asyncio.ensure_future(self._publish(snapshot_id))
             self._published[snapshot_id] = publishing
         try:
             await asyncio.shield(publishing)
@@ -45,8 +44,17 @@ class Snapshots:
                 del self._published[snapshot_id]
             raise
 
+    async def _publish(self, snapshot_id: str) -> None:
+        directory = await in_thread(self._files.hold, snapshot_id)
+        try:
+            await self._backend.publish(snapshot_id, directory)
+        except BaseException:
+            self._files.let_go(snapshot_id)
+            raise
+
     async def retire(self, snapshot_id: str) -> None:
         if self._published.pop(snapshot_id, None) is not None:
+            self._files.let_go(snapshot_id)
             await self._backend.retire(snapshot_id)
 
 

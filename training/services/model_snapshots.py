@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
+from training.core import ids
 from training.core.errors import DamagedFile, NotFound, StorageError
 from training.core.keeper import FinishSnapshot
 from training.core.records import Snapshot, utcnow
@@ -55,7 +55,7 @@ class ModelSnapshots:
             except BaseException:
                 await in_thread(self._files.discard, staged)
                 raise
-            directory = uuid.uuid4().hex
+            directory = ids.new_directory()
             size_bytes = await in_thread(self._files.commit, staged, directory)
             adopted = Adopted(directory, size_bytes, with_optimizer=True)
             return await self._add(loaded, seq, adopted)
@@ -77,7 +77,7 @@ class ModelSnapshots:
     async def adopt(self, source: Path, with_optimizer: bool) -> Adopted:
         """Takes over a checkpoint's files: it may be deleted, the model still has to come back."""
         staged = await in_thread(self._files.stage)
-        directory = uuid.uuid4().hex
+        directory = ids.new_directory()
         try:
             await in_thread(_link_files, source, staged)
         except BaseException:
@@ -135,7 +135,11 @@ class ModelSnapshots:
         """Removes what an earlier process left unfinished."""
         await in_thread(self._files.prepare)
         used = await self._database.read(snapshots.directories)
-        await self.delete(await in_thread(self._files.names) - used)
+        unused = await in_thread(self._files.names) - used
+        await self.delete(filter(ids.is_directory, unused))
+
+    def close(self) -> None:
+        self._files.close()
 
 
 def _snapshot(loaded: LoadedModel, seq: int, adopted: Adopted) -> Snapshot:

@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack
 import structlog
 
 from training.config import TrainingConfig
+from training.core import ids
 from training.core.errors import TinkercloudError
 from training.core.records import FutureKind, utcnow
 from training.core.threads import in_thread
@@ -33,6 +34,7 @@ from training.services.training import (
 )
 from training.storage.database import Database
 from training.storage.files import CheckpointFiles
+from training.storage.remote_files import open_files
 from training.storage.repositories import checkpoints, futures, sampling_sessions
 
 log = structlog.get_logger(__name__)
@@ -58,7 +60,11 @@ class Server:
         self.config = config
         self.auth = Authenticator(config.auth)
         self.database = Database(config.storage.resolved_database_url())
-        self.files = CheckpointFiles(config.storage.checkpoint_dir)
+        self.files = open_files(
+            config.storage.checkpoint_dir,
+            config.storage.metadata_dir / "checkpoint-cache",
+            config.storage.checkpoint_cache_bytes,
+        )
         is_shared = config.auth.enabled and len(config.auth.api_keys) > 1
         self.quotas = Quotas(config.quota, config.scheduler, is_shared)
         self.promises = Promises(self.database, self.quotas)
@@ -92,7 +98,9 @@ class Server:
         on_close(self.database.close)
         await self._blame_earlier()
         self._running.callback(self._requests.close)
+        self._running.callback(self.files.close)
         await in_thread(self.files.prepare)
+        self._running.callback(self.snapshots.close)
         await self.snapshots.prepare()
         self.hosts = await start_hosts(self.config, self.files, self.keeper)
         on_close(self.hosts.close)
@@ -187,7 +195,8 @@ class Server:
         """Removes checkpoint directories that nothing refers to any longer."""
         used = await self.database.read(checkpoints.directories)
         used |= await self.database.read(sampling_sessions.live_snapshots)
-        for name in await in_thread(self.files.names) - used:
+        unused = await in_thread(self.files.names) - used
+        for name in filter(ids.is_directory, unused):
             await in_thread(self.files.delete, name)
             log.info("checkpoint.orphan_removed", directory=name)
 

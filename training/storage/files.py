@@ -1,6 +1,7 @@
 """Checkpoint directories on disk: written aside, checksummed, synced, then renamed into place.
 
-A directory under the root is complete and immutable, or it is not there.
+A directory under the root is complete and immutable, or it is not there. ``remote_files`` has the
+same for object stores.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from training.core.errors import DamagedFile, NotFound, StorageError
 from training.storage.directories import make_directory, sync
+from training.storage.lock import FileLock
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 _STAGING = ".staging"
 _BLOCK_BYTES = 1 << 20
 
@@ -26,14 +29,20 @@ class CheckpointFiles:
 
     def __init__(self, root: Path) -> None:
         self._root = root.absolute()
+        self._lock = FileLock(self._root / LOCK)
 
     def prepare(self) -> None:
-        """Creates the root and clears what unfinished writes left behind."""
+        """Takes the root for this server alone and clears what unfinished writes left behind."""
         try:
+            make_directory(self._root)
+            self._lock.acquire()
             shutil.rmtree(self._root / _STAGING, ignore_errors=True)
             make_directory(self._root / _STAGING)
         except OSError as error:
             raise StorageError(f"checkpoint directory {self._root}: {error}") from error
+
+    def close(self) -> None:
+        self._lock.release()
 
     def stage(self) -> Path:
         """An empty directory that ``commit`` can move into place."""
@@ -47,8 +56,7 @@ class CheckpointFiles:
     def commit(self, staged: Path, name: str) -> int:
         """Makes ``staged`` durable as ``name`` and returns its size in bytes."""
         try:
-            files = {path.name: _describe(path) for path in sorted(staged.iterdir())}
-            (staged / MANIFEST).write_text(json.dumps({"version": 1, "files": files}, indent=1))
+            size_bytes = write_manifest(staged)
             sync(staged / MANIFEST)
             sync(staged)
             os.rename(staged, self._root / name)
@@ -56,13 +64,28 @@ class CheckpointFiles:
         except OSError as error:
             self.discard(staged)
             raise StorageError(f"cannot store checkpoint: {error}") from error
-        return sum(int(entry["size_bytes"]) for entry in files.values())
+        return size_bytes
 
     def discard(self, staged: Path) -> None:
         shutil.rmtree(staged, ignore_errors=True)
 
     def path(self, name: str) -> Path:
+        """Where ``verify``, ``fetch`` and ``hold`` put the files, if they are there."""
         return self._root / name
+
+    def fetch(self, name: str) -> Path:
+        """The directory of ``name`` on this machine, without looking for damage again.
+
+        Raises ``NotFound``, ``DamagedFile`` or ``StorageError`` where it had to be brought first.
+        """
+        return self.path(name)
+
+    def hold(self, name: str) -> Path:
+        """As ``fetch``; the directory stays on this machine until ``let_go``."""
+        return self.fetch(name)
+
+    def let_go(self, name: str) -> None:
+        """Ends one ``hold``; one that is not held passes."""
 
     def verify(self, name: str) -> Path:
         """The directory of ``name``, every file compared with its checksum.
@@ -71,18 +94,13 @@ class CheckpointFiles:
         """
         directory = self._root / name
         try:
-            files = json.loads((directory / MANIFEST).read_text())["files"]
+            manifest = (directory / MANIFEST).read_bytes()
         except FileNotFoundError:
             raise NotFound("the checkpoint's files are gone from the server's disk") from None
-        except (OSError, ValueError, KeyError) as error:
+        except OSError as error:
             raise DamagedFile(f"checkpoint manifest cannot be read: {error}") from error
-        for file_name, entry in files.items():
-            try:
-                found = _describe(directory / file_name, sync=False)
-            except OSError as error:
-                raise DamagedFile(f"checkpoint file {file_name} cannot be read: {error}") from error
-            if found != entry:
-                raise DamagedFile(f"checkpoint file {file_name} is damaged: checksum differs")
+        for file_name, entry in read_manifest(manifest).items():
+            compare(directory / file_name, entry)
         return directory
 
     def delete(self, name: str) -> None:
@@ -98,10 +116,42 @@ class CheckpointFiles:
         shutil.rmtree(doomed, ignore_errors=True)
 
     def names(self) -> set[str]:
-        return {path.name for path in self._root.iterdir() if path.name != _STAGING}
+        return {path.name for path in self._root.iterdir() if not path.name.startswith(".")}
 
 
-def _describe(path: Path, sync: bool = True) -> dict[str, int | str]:
+Entry = Mapping[str, int | str]
+"""What a manifest says of a file: its ``sha256`` and ``size_bytes``."""
+
+
+def write_manifest(directory: Path, sync: bool = True) -> int:
+    """Describes every file that is there; returns their size in bytes. Raises ``OSError``."""
+    files = {path.name: _describe(path, sync) for path in sorted(directory.iterdir())}
+    (directory / MANIFEST).write_text(json.dumps({"version": 1, "files": files}, indent=1))
+    return sum(int(entry["size_bytes"]) for entry in files.values())
+
+
+def read_manifest(content: bytes) -> Mapping[str, Entry]:
+    """File name -> what it must be. Raises ``DamagedFile``."""
+    try:
+        files: Mapping[str, Entry] = json.loads(content)["files"]
+        if any(Path(name).name != name for name in files):
+            raise ValueError("a file's name leads out of the checkpoint")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedFile(f"checkpoint manifest cannot be read: {error}") from error
+    return files
+
+
+def compare(path: Path, entry: Entry) -> None:
+    """Raises ``DamagedFile``."""
+    try:
+        found = _describe(path, sync=False)
+    except OSError as error:
+        raise DamagedFile(f"checkpoint file {path.name} cannot be read: {error}") from error
+    if found != entry:
+        raise DamagedFile(f"checkpoint file {path.name} is damaged: checksum differs")
+
+
+def _describe(path: Path, sync: bool) -> dict[str, int | str]:
     digest = hashlib.sha256()
     size = 0
     with path.open("rb") as file:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+import weakref
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,10 +24,13 @@ class FileLock:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._descriptor: int | None = None
+        self._close: weakref.finalize[[int], FileLock] | None = None
 
     def acquire(self, wait_s: float | None = None) -> None:
-        """Raises ``StorageError`` with the holder's process id, or ``OSError`` of the disk."""
+        """Again after ``release``, but not twice.
+
+        Raises ``StorageError`` with the holder's process id, or ``OSError`` of the disk.
+        """
         deadline = time.monotonic() + (WAIT_S if wait_s is None else wait_s)
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -39,13 +43,12 @@ class FileLock:
         except BaseException:
             os.close(descriptor)
             raise
-        self._descriptor = descriptor
+        self._close = weakref.finalize(self, os.close, descriptor)
 
     def release(self) -> None:
         """Harmless when the lock is not held."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        if self._close is not None:
+            self._close()
 
 
 def held_by(what: str, holder: str) -> str:

@@ -1,0 +1,61 @@
+"""An S3 server on this machine (moto), that can be stopped and started again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from tests.servers import clean_environment, free_port
+
+START_TIMEOUT_S = 120.0
+BUCKET = "models"
+
+
+class ObjectStore:
+    """Keeps everything in memory: what was stored is gone after ``stop``."""
+
+    def __init__(self, directory: Path) -> None:
+        self.port = free_port()
+        self.environment = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "hush-hush",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_MAX_ATTEMPTS": "1",
+            "AWS_CONFIG_FILE": "/dev/null",
+            "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+        }
+        self._log = directory / "object-store.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """With one empty bucket. Raises ``RuntimeError`` with the server's log."""
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)],
+                env=clean_environment(),
+                stdout=log,
+                stderr=log,
+            )
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline and self._process.poll() is None:
+            try:
+                self._put_bucket()
+                return
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.1)
+        raise RuntimeError(f"the object store does not start: {self._log.read_text()[-3000:]}")
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _put_bucket(self) -> None:
+        url = f"http://127.0.0.1:{self.port}/{BUCKET}"
+        urllib.request.urlopen(urllib.request.Request(url, method="PUT"), timeout=10).close()
