@@ -14,7 +14,7 @@ from training.logs import configure_logging
 from training.models.hub import HubMirror
 from training.routers import control, downloads, futures, rest, sampling, training
 from training.routers.documentation import complete_openapi, docs_router
-from training.routers.errors import install_error_handlers
+from training.routers.errors import install_error_handlers, start_problems
 from training.routers.headers import install_headers
 from training.routers.hub import hub_router
 from training.routers.pacing import PacedApp
@@ -36,10 +36,12 @@ def create_app(config: TrainingConfig | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         _warn_about_keys(config)
-        server = Server(config)
-        await server.start()
+        with start_problems(app):
+            server = Server(config)
+            await server.start()
         try:
-            app.state.downloads = await open_downloads(server)
+            with start_problems(app):
+                app.state.downloads = await open_downloads(server)
             app.state.server = server
             yield
         finally:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from starlette.datastructures import State
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from training.core import errors
 from training.core.errors import ErrorCategory
@@ -45,6 +48,34 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(StarletteHTTPException, _on_no_route)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_bug)
+    app.add_middleware(_StartProblems, state=app.state)
+
+
+@contextmanager
+def start_problems(app: FastAPI) -> Iterator[None]:
+    """What keeps a server from starting, and is no bug of ours, is told in one line."""
+    try:
+        yield
+    except errors.TinkercloudError as error:
+        app.state.start_problem = str(error)
+        raise
+
+
+class _StartProblems:
+    """Starlette would hand its whole traceback to whoever runs the application."""
+
+    def __init__(self, app: ASGIApp, state: State) -> None:
+        self._app = app
+        self._state = state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def tell(message: Message) -> None:
+            problem: str | None = getattr(self._state, "start_problem", None)
+            if message["type"] == "lifespan.startup.failed" and problem is not None:
+                message = {**message, "message": f"cannot start: {problem}"}
+            await send(message)
+
+        await self._app(scope, receive, tell if scope["type"] == "lifespan" else send)
 
 
 def _problem(
