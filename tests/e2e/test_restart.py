@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -132,3 +133,35 @@ def test_training_and_sampling_go_on_after_an_engine_is_killed(tmp_path: Path) -
         assert len(set(engine_pids(server))) == 2
         fresh = trainer_of(service)
         assert loss_of(fresh.forward(DATA, "cross_entropy").result()) > 0
+
+
+def test_an_adapter_that_the_disk_has_damaged_comes_back_from_its_snapshot(tmp_path: Path) -> None:
+    model = write_tiny_llama(
+        tmp_path / "tiny-llama", vocab_size=512, context_length=4096, text_of=chr
+    )
+    config = {
+        "supported_models": [{"name": FAKE_MODEL, "path": str(model)}],
+        "engine": {"dtype": "float32", "num_threads": 1, "idle_spill_s": 0.2},
+    }
+    expected = undisturbed(tmp_path, 4, config)
+    with running_server(tmp_path, config) as server, service_client(server) as service:
+        trainer = trainer_of(service)
+        losses = train(trainer, DATA, 2)
+        spilled = spill_file(tmp_path / "metadata" / "spill")
+        content = bytearray(spilled.read_bytes())
+        content[len(content) // 2] ^= 1
+        spilled.write_bytes(content)
+        losses += train(trainer, DATA, 2)
+        assert losses == expected
+        assert len(set(engine_pids(server))) == 1, "no engine had to end for that"
+
+
+def spill_file(directory: Path) -> Path:
+    """The one adapter that an idle engine has put on disk, once it is whole."""
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        if found := list(directory.rglob("*.spill")):
+            time.sleep(0.5)  # it may still be written
+            return found[0]
+        time.sleep(0.05)
+    raise AssertionError("nothing was put on disk")

@@ -114,6 +114,7 @@ async def test_an_operation_of_a_creation_that_never_ran_waits_for_it(tmp_path: 
         body = train_body(client.model_id, 1)
         request_id, _ = await server.training.forward_backward(ME, body)
         creating.cancel()
+        await asyncio.gather(creating, return_exceptions=True)
     async with running(settings) as server:
         await again(client, server)
         result = await client.result(request_id)
@@ -188,7 +189,7 @@ async def test_payloads_go_once_they_are_covered_and_results_once_delivered(tmp_
         assert await rows(server, tables.snapshots) == 2
         names = {path.name for path in settings.storage.resolved_snapshot_dir().iterdir()}
         held = await server.database.read(snapshots.directories)
-        assert names - {".staging"} == held
+        assert {name for name in names if not name.startswith(".")} == held
         await server.sessions.finish(ME, client.session_id, "success", None)
         assert await rows(server, tables.snapshots) == 0
         assert await rows(server, tables.payloads) == 0

@@ -30,6 +30,7 @@ from training.backends.base import (
 )
 from training.backends.child import EngineChild
 from training.config import ModelConfig, TrainingConfig
+from training.core import metrics
 from training.core.errors import BackendDead, DeathCause, TinkercloudError
 from training.core.records import utcnow
 from training.models.registry import resolve_model_path
@@ -200,6 +201,7 @@ class LocalBackend:
         _log.error(
             "engine.died", model=self._model.name, cause=str(child.cause), detail=child.detail
         )
+        metrics.ENGINE_DEATHS.labels(str(child.cause)).inc()
         self._child = None
         self._lost_slots |= self._slots
         self._slots = set()

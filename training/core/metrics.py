@@ -26,7 +26,7 @@ SNAPSHOT_SECONDS = Histogram(
 )
 REVIVAL_SECONDS = Histogram(
     "tinkercloud_revival_seconds",
-    "From the start of a model's recovery to its first operation run again or anew.",
+    "Time to load a model's snapshot after a crash.",
     buckets=_LATENCY_BUCKETS_S,
 )
 ENGINE_DEATHS = Counter(

@@ -88,8 +88,8 @@ class AdapterSlots:
     def use(self, number: int) -> Slot:
         """The adapter, in memory until another one needs the room.
 
-        Raises ``UnitError`` where there is no such slot, its file is damaged, or there is no room
-        because the disk refuses what would have to leave.
+        Raises ``UnitError`` where there is no such slot, or no room because the disk refuses what
+        would have to leave; ``BackendDead`` where its file is damaged.
         """
         return self.memory.bring(self._entry(number))
 

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import torch
 
-from training.core.errors import DamagedFile, UnitError
+from training.core.errors import BackendDead, DamagedFile, DeathCause
 from training.engine.adapter import AdapterLayout, fresh_weights
 from training.engine.buffers import new_flat
 from training.engine.decoder import Decoder
@@ -89,9 +89,10 @@ class SlotStore:
                 entry.file.read(buffer_for)
             except (DamagedFile, OSError) as error:
                 _log.error("an adapter cannot be read back from disk: %s", error)
-                raise UnitError(
-                    f"the adapter was put on disk and cannot be read back ({reason(error)}); "
-                    "go on from its last checkpoint"
+                # To the service as if the engine had died: it loads the model's last snapshot.
+                raise BackendDead(
+                    f"the adapter was put on disk and cannot be read back ({reason(error)})",
+                    DeathCause.LOST,
                 ) from error
         self._fill(entry, flats)
 
