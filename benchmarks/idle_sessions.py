@@ -110,7 +110,8 @@ def measure(options: argparse.Namespace) -> None:
         crowd = subprocess.Popen(
             [
                 *(sys.executable, "-m", "benchmarks.idle_sessions"),
-                *("--child", port, server.api_key, "--sessions", str(options.sessions)),
+                *("--child", port, server.api_key),
+                *("--sessions", str(options.sessions)),
             ],
             cwd=REPOSITORY,
             env=clean_environment() | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},

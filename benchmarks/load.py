@@ -20,8 +20,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,23 +81,20 @@ def _processes(
     module: str, settings: Sequence[dict[str, Any]]
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Children that get their settings as JSON, end at a line, and answer with JSON."""
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, json.dumps(each)],
-            cwd=REPOSITORY,
-            env=clean_environment() | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        for each in settings
-    ]
-    try:
+    with ExitStack() as stack:
+        children = []
+        for each in settings:
+            child = subprocess.Popen(
+                [sys.executable, "-m", module, json.dumps(each)],
+                cwd=REPOSITORY,
+                env=clean_environment() | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+            stack.enter_context(child)
+            stack.callback(child.kill)  # does nothing to one that has ended
+            children.append(child)
         yield children
-    finally:
-        for child in children:
-            if child.poll() is None:
-                child.kill()
-            child.wait()
 
 
 def _end(children: Sequence[subprocess.Popen[bytes]]) -> list[Any]:
@@ -143,12 +140,23 @@ def _stored(database: Path) -> dict[str, int]:
         return dict(connection.execute(query).fetchall())
 
 
-def measure(directory: Path, clients: int, seconds: float, ramp_s: float, delay_s: float) -> Report:
+def measure(
+    directory: Path,
+    clients: int,
+    seconds: float,
+    ramp_s: float,
+    delay_s: float,
+    steps: int | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> Report:
+    """``steps``: each client ends after so many, however long that takes. ``more``: settings of the
+    server."""
     keys = [f"load-{number}" for number in range(NUM_KEYS)]
     config = {
         "supported_models": [fake_model(delay_s=delay_s)],
         "auth": {"api_keys": keys},
         "server": {"long_poll_s": 25.0},
+        **(more or {}),
     }
     per_process = -(-clients // PROCESSES)
     with (
@@ -165,6 +173,7 @@ def measure(directory: Path, clients: int, seconds: float, ramp_s: float, delay_
                 "clients": min(per_process, clients - first),
                 "first": first,
                 "ramp_s": ramp_s,
+                "steps": steps,
             }
             for first in range(0, clients, per_process)
         ]

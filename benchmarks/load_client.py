@@ -18,7 +18,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -49,6 +49,8 @@ class Settings:
     """Number of the first one in this process."""
     ramp_s: float
     """In which they start, one after the other."""
+    steps: int | None = None
+    """Each ends after so many; None: when told to."""
 
 
 @dataclass
@@ -75,7 +77,7 @@ class Client:
         self.course = number % NUM_COURSES
         self._settings = settings
         self._counts = counts
-        self._stop = stop
+        self._stop = asyncio.Event() if settings.steps else stop
         self._random = random.Random(number)
         self._http = Http(settings.port, settings.api_keys[number % len(settings.api_keys)])
         self._seq = 0
@@ -129,6 +131,8 @@ class Client:
         while not self._stop.is_set():
             waiting.append(await self._submit_step(step))
             step += 1
+            if step == self._settings.steps:
+                self._stop.set()
             if step % STEPS_PER_SAVE == self.number % STEPS_PER_SAVE:
                 waiting.append(await self._submit_save(step))
             while len(waiting) >= STEPS_UNDER_WAY:
@@ -329,7 +333,7 @@ def main() -> None:
     os.nice(10)
     settings = Settings(**orjson.loads(sys.argv[1]))
     counts = uvloop.run(run(settings))
-    print(orjson.dumps(asdict(counts)).decode())
+    print(orjson.dumps(vars(counts)).decode())
 
 
 if __name__ == "__main__":
