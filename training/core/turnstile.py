@@ -7,7 +7,8 @@ from collections import deque
 
 
 class Turnstile:
-    """Lets ``per_turn`` callers pass in each turn of the event loop, first come first served.
+    """Lets ``per_turn`` callers pass in each turn of the event loop: of each owner in turn, and of
+    one owner first come first served.
 
     Hundreds of results that become ready at once would else be answered in one turn, and whoever
     comes meanwhile waited for all of them: between two turns the loop looks at its sockets.
@@ -16,25 +17,30 @@ class Turnstile:
     def __init__(self, per_turn: int) -> None:
         self._per_turn = per_turn
         self._left = per_turn
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._lines: dict[str, deque[asyncio.Future[None]]] = {}
+        """By owner, the one whose turn it is first; never empty inside."""
         self._is_turning = False
 
-    async def enter(self) -> None:
+    async def enter(self, owner: str) -> None:
         if not self._is_turning:
             self._is_turning = True
             asyncio.get_running_loop().call_soon(self._turn)
-        if self._left and not self._waiting:
+        if self._left and not self._lines:
             self._left -= 1
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
+        self._lines.setdefault(owner, deque()).append(turn)
         await turn
 
     def _turn(self) -> None:
         was_used = self._left < self._per_turn
         self._left = self._per_turn
-        while self._waiting and self._left:
-            turn = self._waiting.popleft()
+        while self._lines and self._left:
+            owner, line = next(iter(self._lines.items()))
+            turn = line.popleft()
+            del self._lines[owner]
+            if line:
+                self._lines[owner] = line  # behind the others
             if not turn.done():  # whoever waited may have left
                 turn.set_result(None)
                 self._left -= 1

@@ -52,7 +52,7 @@ async def retrieve_future(
     except StorageError as error:
         # The SDK asks again without a pause after a 5xx here, and with one after a 429.
         raise Busy(str(error), retry_after_s=2.0) from error
-    await http.app.state.turnstile.enter()  # a unit wakes hundreds at once
+    await http.app.state.turnstile.enter(owner)  # a unit wakes hundreds at once
     if result is None:
         return answer(TryAgain(request_id=request.request_id), status=408)
     if result.status is FutureStatus.DONE:
