@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -66,6 +66,7 @@ class Relay:
         self._server_port = server_port
         self._traps: list[Trap] = []
         self._outcomes: set[str] = set()
+        self._connections: set[asyncio.Task[None]] = set()
         self.port = 0
 
     @property
@@ -74,12 +75,15 @@ class Relay:
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:
-        server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        server = await asyncio.start_server(self._begin, "127.0.0.1", 0)
         self.port = server.sockets[0].getsockname()[1]
         try:
             yield
         finally:
             server.close()
+            for connection in self._connections:
+                connection.cancel()
+            await asyncio.gather(*self._connections, return_exceptions=True)
 
     @contextmanager
     def trap(self, stage: Stage, *suffixes: str) -> Iterator[asyncio.Future[Held]]:
@@ -94,11 +98,18 @@ class Relay:
                 trap.caught.result().let_go()
             trap.caught.cancel()
 
-    async def _accept(self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+    def _begin(self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+        connection = asyncio.create_task(self._connection(client, to_client))
+        self._connections.add(connection)
+        connection.add_done_callback(self._connections.discard)
+
+    async def _connection(
+        self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter
+    ) -> None:
         try:
             server, to_server = await asyncio.open_connection("127.0.0.1", self._server_port)
         except OSError:
-            to_client.transport.abort()
+            await _close(to_client)
             return
         talk = _Talk()
         up = asyncio.create_task(self._up(talk, client, to_server))
@@ -109,8 +120,8 @@ class Relay:
             for task in (up, down):
                 task.cancel()
             await asyncio.gather(up, down, return_exceptions=True)
-            to_server.close()
-            to_client.close()
+            await _close(to_server)
+            await _close(to_client)
 
     async def _up(
         self, talk: _Talk, client: asyncio.StreamReader, to_server: asyncio.StreamWriter
@@ -140,6 +151,13 @@ class Relay:
     async def _pass_by(self, stage: Stage, path: str) -> None:
         for trap in list(self._traps):
             await trap.pass_by(stage, path)
+
+
+async def _close(writer: asyncio.StreamWriter) -> None:
+    """What was written still goes out, as the kernel does it for a process that was killed."""
+    writer.close()
+    with suppress(OSError):
+        await writer.wait_closed()
 
 
 class _Talk:
