@@ -209,6 +209,20 @@ async def state_after_a_kill(backend: LocalBackend) -> BackendState:
 
 
 @on_uvloop
+async def test_an_engine_that_is_killed_while_it_loads_is_started_again(tiny_llama: Path) -> None:
+    before = engines_of_this_process()
+    backend = backend_of(tiny_llama)
+    starting = asyncio.create_task(backend.start())
+    while engines_of_this_process() == before:  # noqa: ASYNC110  it is only seen from outside
+        await asyncio.sleep(0.02)
+    (loading,) = engines_of_this_process() - before
+    os.kill(loading, signal.SIGKILL)
+    await starting
+    assert backend.health().alive
+    await backend.close()
+
+
+@on_uvloop
 async def test_an_engine_that_dies_while_it_loads_says_how(tiny_llama: Path) -> None:
     before = engines_of_this_process()
     backend = backend_of(tiny_llama)

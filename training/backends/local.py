@@ -39,6 +39,7 @@ FIRST_RESTART_S = 0.1
 SHORTEST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 30.0
 CLOSE_GRACE_S = 10.0
+START_ATTEMPTS = 3
 
 _log = structlog.get_logger(__name__)
 
@@ -82,7 +83,7 @@ class LocalBackend:
         """Returns with the model loaded. Raises ``ConfigError`` where it cannot be."""
         self._enter(BackendState.STARTING)
         try:
-            await self._bring_up()
+            await self._bring_up_first()
         except Exception as error:
             self._enter(BackendState.STOPPED, str(error))
             raise
@@ -129,6 +130,19 @@ class LocalBackend:
         return self._child.pid if self._child is not None else None
 
     # ----------------------------------------------------------------- supervision
+
+    async def _bring_up_first(self) -> None:
+        """An engine that somebody killed while it loaded says nothing about the model."""
+        for num_killed in range(1, START_ATTEMPTS):
+            try:
+                await self._bring_up()
+                return
+            except BackendDead as error:
+                if error.cause is not DeathCause.KILLED:
+                    raise
+                _log.error("engine.start_failed", model=self._model.name, error=str(error))
+            await asyncio.sleep(restart_delay(num_killed))
+        await self._bring_up()
 
     async def _bring_up(self) -> None:
         child = await self._spawn()
