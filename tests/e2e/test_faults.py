@@ -17,7 +17,7 @@ import pytest
 
 from tests.e2e.clients import next_token, service_client, train, trainer_of
 from tests.e2e.raw import PROTOBUF, Raw, request
-from tests.servers import Server, prepared_server, running_server
+from tests.servers import Server, running_server, server_in
 
 DATA = [next_token([1, 9, 30, 4, 11])]
 WAIT_S = 120.0
@@ -86,7 +86,7 @@ def test_a_result_that_does_not_fit_on_the_disk_is_late_and_not_lost(tmp_path: P
 
 def refused(directory: Path, config: dict[str, Any] | None = None) -> str:
     """What a server says that cannot start."""
-    server = prepared_server(directory, config)
+    server = server_in(directory, config)
     server.command = (sys.executable, "-c", AS_ANYBODY, *server.command)
     server.spawn()
     code = server.process.wait(timeout=WAIT_S)
