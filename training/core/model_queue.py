@@ -47,6 +47,16 @@ class ModelQueue:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    def is_idle(self) -> bool:
+        """Nothing is to be run, brought back or saved."""
+        return not (
+            self._waiting
+            or self.has_stored
+            or self.busy
+            or self.reviving is not None
+            or self.progress.steps
+        )
+
     def push(self, operation: Operation) -> bool:
         """False when the operation comes too late: its place was given up."""
         if operation.request_id in self._revived:

@@ -66,6 +66,8 @@ class TaskManager:
         self._keeper = keeper
         self._policy = policy
         self._queues: dict[str, ModelQueue] = {}
+        self._active: dict[str, ModelQueue] = {}
+        """Those that are not idle: thousands of idle models cost a busy one nothing."""
         self._closed: dict[str, TinkercloudError] = {}
         self._gap_since_s: dict[str, float] = {}
         self._gathering = Gathering()
@@ -96,8 +98,8 @@ class TaskManager:
                 if self._loop is not None:
                     await asyncio.wait([self._loop])
                 await self._saving.drained()
-                for queue in list(self._queues.values()):
-                    if queue.progress.is_dirty() and self._is_loaded(queue):
+                for queue in self._loaded():
+                    if queue.progress.is_dirty():
                         await self._saving.save(queue)
                         await self._saving.drained()
                 running = [task for tasks in self._tasks.values() for task in tasks]
@@ -133,6 +135,7 @@ class TaskManager:
         queue = self._queues[model_id]
         queue.must_revive, queue.has_stored = True, has_pending
         queue.is_stored = True
+        self._active[model_id] = queue
         self._wake.set()
 
     def close_model(self, model_id: str, error: TinkercloudError) -> None:
@@ -141,6 +144,7 @@ class TaskManager:
         self._gap_since_s.pop(model_id, None)
         self._gathering.forget(model_id)
         queue = self._queues.pop(model_id, None)
+        self._active.pop(model_id, None)
         if queue is not None and queue.reviving is not None:
             queue.reviving.cancel()  # it may be waiting for an engine
         for operation in queue.drain() if queue else []:
@@ -179,6 +183,7 @@ class TaskManager:
             self._settling.put(operation, Outcome(failed(_late(operation))))
         else:
             self._gathering.arrived(operation.model_id, operation.arrived_s)
+            self._active[operation.model_id] = queue
             self._wake.set()
 
     def loaded(self, model_id: str, seq: int, generation: int) -> None:
@@ -198,11 +203,11 @@ class TaskManager:
         await done
 
     def num_queued(self) -> int:
-        return sum(len(queue) for queue in self._queues.values())
+        return sum(len(queue) for queue in self._active.values())
 
     def num_reviving(self) -> int:
         """Models that have work to do and are not back yet."""
-        return sum(queue.must_revive and _has_work(queue) for queue in self._queues.values())
+        return sum(queue.must_revive and _has_work(queue) for queue in self._active.values())
 
     # ----------------------------------------------------------------- the loop
 
@@ -210,15 +215,17 @@ class TaskManager:
         while not self._stopping:
             self._wake.clear()
             await self._run_actions()
+            for queue in [each for each in self._active.values() if each.is_idle()]:
+                del self._active[queue.model_id]
             self._revive_stale()
             self._give_up_gaps()
             metrics.QUEUED_OPERATIONS.set(self.num_queued())
             now_s = time.monotonic()
-            save = self._saving.next(filter(self._is_loaded, self._queues.values()), now_s)
+            save = self._saving.next(self._loaded(), now_s)
             if isinstance(save, ModelQueue):
                 await self._save(save)
                 continue
-            ready = [run for queue in self._queues.values() if (run := self._ready(queue))]
+            ready = [run for queue in self._active.values() if (run := self._ready(queue))]
             standing = self._shares.standing((run[0].owner for run in ready), now_s)
             plan = plan_next(ready, self._policy.unit_tokens, standing)
             if plan is None:
@@ -245,9 +252,16 @@ class TaskManager:
         # Before its creation has run, a model has no slot that anything else could use.
         return run if queue.generation is not None else run[:1]
 
-    def _is_loaded(self, queue: ModelQueue) -> bool:
+    def _loaded(self) -> list[ModelQueue]:
+        """Of the models that the engine of now holds."""
         health = self._backend.health()
-        return health.alive and queue.generation == health.generation and not queue.must_revive
+        if not health.alive:
+            return []
+        return [
+            queue
+            for queue in self._active.values()
+            if queue.generation == health.generation and not queue.must_revive
+        ]
 
     async def _run_actions(self) -> None:
         while self._between:
@@ -278,7 +292,7 @@ class TaskManager:
 
     def _give_up_gaps(self) -> None:
         now = time.monotonic()
-        for queue in self._queues.values():
+        for queue in self._active.values():
             if queue.must_revive or not queue.has_gap():
                 self._gap_since_s.pop(queue.model_id, None)
                 continue
@@ -404,7 +418,7 @@ class TaskManager:
         """What had no outcome runs again when its model is back, unless it is to blame."""
         for operation in operations:
             if (queue := self._queues.get(operation.model_id)) is not None:
-                queue.must_revive = queue.has_stored = True
+                self._must_revive(queue)
         self._wake.set()
         verdict = self.suspects.died((item.request_id for item in operations), error)
         if verdict.counted:
@@ -422,7 +436,7 @@ class TaskManager:
 
     def _revive_stale(self) -> None:
         health = self._backend.health()
-        for queue in self._queues.values():
+        for queue in self._active.values():
             stale = queue.generation is not None and (
                 not health.alive or queue.generation != health.generation
             )
@@ -462,13 +476,18 @@ class TaskManager:
             queue.reviving = None
             self._wake.set()
 
+    def _must_revive(self, queue: ModelQueue) -> None:
+        """There are operations to run again, which only the database has."""
+        queue.must_revive = queue.has_stored = True
+        self._active[queue.model_id] = queue
+
     def _replay_failed(self, operation: Operation, error: TinkercloudError) -> None:
         """An operation that was done before could not be done again: not as it was, yet."""
         queue = self._queues.get(operation.model_id)
         if queue is None:
             return
         queue.replay_failures += 1
-        queue.must_revive = queue.has_stored = True
+        self._must_revive(queue)
         log.error("replay.failed", model_id=operation.model_id, seq=operation.seq, error=str(error))
         if queue.replay_failures >= _MAX_REPLAY_FAILURES:
             reason = f"operation {operation.seq} cannot be run again: {error}"
