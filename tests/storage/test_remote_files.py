@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import fsspec  # type: ignore[import-untyped]
 import pytest
 
+from tests.servers import REPOSITORY
 from tests.storage.object_store import BUCKET, ObjectStore
 from training.core.errors import ConfigError, DamagedFile, NotFound, StorageError
 from training.storage import remote_files
@@ -22,8 +25,16 @@ FILE = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    store = ObjectStore(tmp_path_factory.mktemp("object-store"))
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    yield from served(ObjectStore(tmp_path_factory.mktemp("s3")))
+
+
+@pytest.fixture(scope="module")
+def gs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    yield from served(ObjectStore(tmp_path_factory.mktemp("gs"), "gs"))
+
+
+def served(store: ObjectStore) -> Iterator[ObjectStore]:
     try:
         store.start()
         yield store
@@ -31,14 +42,17 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectSto
         store.stop()
 
 
-@pytest.fixture(params=["s3", "memory"])
+def use(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in store.environment.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(params=["s3", "gs", "memory"])
 def url(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     if request.param == "memory":
         return f"memory://{tmp_path.name}/checkpoints"
-    store: ObjectStore = request.getfixturevalue("object_store")
-    for name, value in store.environment.items():
-        monkeypatch.setenv(name, value)
-    return f"s3://{BUCKET}/{tmp_path.name}"
+    use(request.getfixturevalue(request.param), monkeypatch)
+    return f"{request.param}://{BUCKET}/{tmp_path.name}"
 
 
 def opened(url: str, cache: Path, cache_bytes: int = 2**30) -> RemoteFiles:
@@ -201,8 +215,7 @@ def test_a_store_that_is_down_fails_clearly_and_nothing_half_is_visible(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store_process = ObjectStore(tmp_path)
-    for name, value in store_process.environment.items():
-        monkeypatch.setenv(name, value)
+    use(store_process, monkeypatch)
     url = f"s3://{BUCKET}/prefix"
     with pytest.raises(StorageError, match="cannot use the checkpoint storage"):
         opened(url, tmp_path / "first-cache")
@@ -227,10 +240,9 @@ def test_a_store_that_is_down_fails_clearly_and_nothing_half_is_visible(
 
 
 def test_a_bucket_that_is_not_there_is_told_at_the_start(
-    object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    s3: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for name, value in object_store.environment.items():
-        monkeypatch.setenv(name, value)
+    use(s3, monkeypatch)
     with pytest.raises(StorageError, match="cannot use the checkpoint storage"):
         opened("s3://no-such-bucket/x", tmp_path)
 
@@ -240,17 +252,29 @@ def test_a_bucket_that_is_not_there_is_told_at_the_start(
     [
         ("s3://key:secret@bucket/x", "credentials"),
         ("nonsense://bucket/x", "nonsense"),
-        ("gs://bucket/x", r"tinkercloud\[gs\]"),
     ],
 )
-def test_what_cannot_be_opened_is_refused(
-    url: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if url.startswith("gs"):
-        monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
+def test_what_cannot_be_opened_is_refused(url: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=said) as raised:
         open_files(url, tmp_path, 0)
     assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("scheme", "library"), [("s3", "s3fs"), ("gs", "gcsfs")])
+def test_a_missing_library_is_named_with_its_extra(scheme: str, library: str) -> None:
+    code = (
+        f"import sys; sys.modules['{library}'] = None\n"
+        "from pathlib import Path\n"
+        "from training.storage.remote_files import open_files\n"
+        f"open_files('{scheme}://bucket/x', Path('cache'), 0)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert ran.returncode == 1
+    last = ran.stderr.splitlines()[-1]
+    assert "ConfigError" in last
+    assert f"pip install 'tinkercloud[{scheme}]'" in last
 
 
 def test_a_path_is_a_directory(tmp_path: Path) -> None:

@@ -251,4 +251,6 @@ def _filesystem(url: str) -> tuple[Any, str]:
         raise ConfigError(f"checkpoints in {scheme}:// need a library: {advice}") from None
     except ValueError:
         raise ConfigError(f"nothing here can open checkpoints in {scheme}://") from None
+    except Exception as error:  # of the library that looks for its credentials
+        raise ConfigError(f"checkpoints in {scheme}://: {type(error).__name__}: {error}") from error
     return remote, str(remote._strip_protocol(url)).rstrip("/")
