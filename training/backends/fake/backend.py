@@ -54,7 +54,6 @@ class FakeBackend:
         self._base_view = HeadView(self._base, None, {})
         self._delay_s = model.delay_s if delay_s is None else delay_s
         self._training = asyncio.Lock()
-        self._computing = asyncio.Lock()
         self._slots: dict[int, trainer.Slot] = {}
         self._lost_slots: set[int] = set()
         self._snapshots: dict[str, HeadView] = {}
@@ -218,15 +217,9 @@ class FakeBackend:
         return self._slots[slot]
 
     async def _turn(self, delay_s: float | None = None) -> None:
-        """Lets others run; raises ``BackendDead`` when the backend went meanwhile.
-
-        Of all that wake at the same time one computes in each turn of the event loop: a real engine
-        does not compute in it at all.
-        """
+        """Lets others run; raises ``BackendDead`` when the backend went meanwhile."""
         generation = self._generation
         await asyncio.sleep(self._delay_s if delay_s is None else delay_s)
-        async with self._computing:
-            await asyncio.sleep(0)
         self._check_alive(generation)
 
     def _check_alive(self, generation: int) -> None:
