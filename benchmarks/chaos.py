@@ -18,7 +18,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -38,6 +38,8 @@ CONFIG: Mapping[str, Any] = {
 }
 
 
+MAKE_SERVE = ("make", "-C", str(REPOSITORY), "--no-print-directory", "serve")
+"""The README's way; the settings come through the environment."""
 FAKE_TARGETS = (Target.API, Target.STOP)
 """The fake model has no engine process."""
 
@@ -66,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=("real", "fake"), default="real")
     parser.add_argument("--workload", choices=("sft", "rl", "both"), default="both")
     parser.add_argument("--moments", nargs="*", choices=tuple(MOMENTS), default=tuple(MOMENTS))
+    parser.add_argument("--make", action="store_true", help="start with `make serve`")
     parser.add_argument("--threads", type=int, help="of the engine; default: all")
     parser.add_argument(
         "--model-dir",
@@ -87,8 +90,10 @@ def main() -> None:
         config, workloads = real_setup(names, options.model_dir, options.threads)
         plan = Plan(options.kills, options.seed, tuple(Target), options.moments, 2.0, 6.0)
     folder = Path(tempfile.mkdtemp(prefix="tinkercloud-chaos-"))
-    undisturbed = trial(folder / "undisturbed", config, workloads, None, console)
-    killed = trial(folder / "killed", config, workloads, plan, console)
+    command = MAKE_SERVE if options.make else ()
+    trials = Trials(console, config, workloads, command)
+    undisturbed = trials.run(folder / "undisturbed", None)
+    killed = trials.run(folder / "killed", plan)
     problems = [f"undisturbed: {problem}" for problem in undisturbed.problems]
     problems += killed.problems + differences(undisturbed, killed)
     report(console, undisturbed, killed)
@@ -100,26 +105,29 @@ def main() -> None:
     console.print("[green]every line, every file and every operation is the same[/]")
 
 
-def trial(
-    folder: Path,
-    config: Mapping[str, Any],
-    workloads: Sequence[Workload],
-    plan: Plan | None,
-    console: Console,
-) -> Outcome:
-    folder.mkdir()
-    console.rule(folder.name)
-    with console.status("starting") as status:
-        done = 0
+class Trials(NamedTuple):
+    """What the undisturbed server and the killed one have in common."""
 
-        def tell(event: str) -> None:
-            nonlocal done
-            done += event.startswith("killed")
-            status.update(f"{done} of {plan.kills if plan else 0} kills; {event}")
-            if not console.is_terminal:
-                console.print(f"{done}: {event}")
+    console: Console
+    config: Mapping[str, Any]
+    workloads: Sequence[Workload]
+    command: Sequence[str]
 
-        return asyncio.run(Trial(folder, config, workloads, tell).run(plan))
+    def run(self, folder: Path, plan: Plan | None) -> Outcome:
+        folder.mkdir()
+        self.console.rule(folder.name)
+        with self.console.status("starting") as status:
+            done = 0
+
+            def tell(event: str) -> None:
+                nonlocal done
+                done += event.startswith("killed")
+                status.update(f"{done} of {plan.kills if plan else 0} kills; {event}")
+                if not self.console.is_terminal:
+                    self.console.print(f"{done}: {event}")
+
+            trial = Trial(folder, self.config, self.workloads, tell, self.command)
+            return asyncio.run(trial.run(plan))
 
 
 def report(console: Console, undisturbed: Outcome, killed: Outcome) -> None:

@@ -96,9 +96,13 @@ class Trial:
         config: Mapping[str, Any],
         workloads: Sequence[Workload],
         on_event: Callable[[str], None] = lambda _: None,
+        command: Sequence[str] = (),
     ) -> None:
+        """``command`` starts the server; none: the usual way of the tests."""
         self._directory = directory
         self._server = KilledServer(server_in(directory, config))
+        if command:
+            self._server.server.command = tuple(command)
         self._workloads = workloads
         self._tell = on_event
         port = int(self._server.server.base_url.rsplit(":", 1)[1])
