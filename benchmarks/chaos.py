@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from benchmarks.chaos_moments import MOMENTS
 from benchmarks.chaos_run import Outcome, Plan, Trial, Workload, differences
@@ -98,7 +99,7 @@ def main() -> None:
     problems += killed.problems + differences(undisturbed, killed)
     report(console, undisturbed, killed)
     for problem in problems:
-        console.print(f"[red]FAILED[/] {problem}", markup=True, highlight=False)
+        console.print(Text.assemble(("FAILED ", "red"), problem))
     if problems:
         raise SystemExit(f"{len(problems)} problems; everything is kept in {folder}")
     shutil.rmtree(folder)
@@ -124,7 +125,7 @@ class Trials(NamedTuple):
                 done += event.startswith("killed")
                 status.update(f"{done} of {plan.kills if plan else 0} kills; {event}")
                 if not self.console.is_terminal:
-                    self.console.print(f"{done}: {event}")
+                    self.console.print(f"{done}: {event}", highlight=False)
 
             trial = Trial(folder, self.config, self.workloads, tell, self.command)
             return asyncio.run(trial.run(plan))
