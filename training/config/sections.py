@@ -1,31 +1,13 @@
-"""The one configuration tree: read once, frozen, unknown keys refused with their name.
-
-Order of precedence: arguments, environment, ``.env``, file, defaults.
-"""
+"""The sections of the configuration tree, each frozen, with every setting and its default."""
 
 from __future__ import annotations
 
 import ipaddress
-import json
-import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from dotenv import dotenv_values
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    SecretStr,
-    ValidationError,
-    field_validator,
-)
-
-from training.core.errors import ConfigError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 DEVELOPMENT_KEY = "slime-dev-key"
 EMBEDDED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -49,11 +31,11 @@ def _base_url(text: str) -> str:
     return text.rstrip("/")
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
-class ServerConfig(_Section):
+class ServerConfig(Section):
     """Where the server listens and what it accepts."""
 
     host: str = "0.0.0.0"
@@ -86,7 +68,7 @@ class ServerConfig(_Section):
             return self.host == "localhost"
 
 
-class AuthConfig(_Section):
+class AuthConfig(Section):
     enabled: bool = True
     api_keys: tuple[SecretStr, ...] = (SecretStr(DEVELOPMENT_KEY),)
     """Shared secrets; each is accepted with and without the prefix ``tml-``."""
@@ -118,7 +100,7 @@ class AuthConfig(_Section):
         return self.openness()
 
 
-class StorageConfig(_Section):
+class StorageConfig(Section):
     metadata_dir: Path = Path("data/metadata")
     futures_db_name: str = "futures.db"
     database_url: str | None = Field(None, repr=False)
@@ -133,7 +115,8 @@ class StorageConfig(_Section):
     @field_validator("checkpoint_dir", mode="before")
     @classmethod
     def _path_as_text(cls, value: object) -> object:
-        return str(value) if isinstance(value, Path) else value
+        is_url = isinstance(value, str) and "://" in value
+        return str(Path(value)) if isinstance(value, str | Path) and not is_url else value
 
     def resolved_database_url(self) -> str:
         if self.database_url:
@@ -148,7 +131,7 @@ class StorageConfig(_Section):
         return (self.snapshot_dir or self.metadata_dir / "snapshots").absolute()
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """A base model to serve: ``name`` is what clients ask for, ``path`` a local directory."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
@@ -160,7 +143,7 @@ class ModelConfig(_Section):
     """Of the fake backend alone: how long each of its calls takes, for load tests."""
 
 
-class EngineConfig(_Section):
+class EngineConfig(Section):
     """One engine process per base model."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -213,7 +196,7 @@ class EngineConfig(_Section):
     model could not be loaded or the engine died before it had finished any work."""
 
 
-class SchedulerConfig(_Section):
+class SchedulerConfig(Section):
     unit_tokens: int = Field(16384, gt=0)
     """Token budget of one engine unit; a single larger operation runs alone."""
     turn_tokens: int = Field(1024, gt=0)
@@ -230,7 +213,7 @@ class SchedulerConfig(_Section):
     """Of the bodies of both, which are in memory until they have run."""
 
 
-class QuotaConfig(_Section):
+class QuotaConfig(Section):
     """What each key may have at once; None: no limit but the server's own. What waits and is over
     its quota gets 429 and comes again; one session, model or checkpoint too many is refused."""
 
@@ -242,7 +225,7 @@ class QuotaConfig(_Section):
     max_checkpoint_bytes: int | None = Field(None, gt=0)
 
 
-class DurabilityConfig(_Section):
+class DurabilityConfig(Section):
     """How much is done again after a crash, and what it costs to keep that little."""
 
     snapshot_steps: int = Field(8, gt=0)
@@ -263,12 +246,12 @@ class DurabilityConfig(_Section):
     """How long a server that is stopped takes to finish the running unit and to save models."""
 
 
-class SessionConfig(_Section):
+class SessionConfig(Section):
     expiry_s: float = Field(1800.0, gt=0)
     """A session without a heartbeat for this long is ended (the SDK beats every 10 s)."""
 
 
-class ClientConfig(_Section):
+class ClientConfig(Section):
     """Flags answered to the SDK by ``client/config`` and ``client/dynamic_config``."""
 
     proto_compress_fwdbwd: bool = False
@@ -280,156 +263,10 @@ class ClientConfig(_Section):
     sample_cancel_enabled: bool = True
 
 
-class HubConfig(_Section):
+class HubConfig(Section):
     """How clients get the tokenizers of served models where the hub cannot be reached."""
 
     serve_weights: bool = False
     """Whether the mirror at ``/hf`` offers weights too, not only configuration and tokenizer."""
     seed_client_cache: bool = True
     """Whether ``serve`` adds served tokenizers to this user's own Hugging Face cache."""
-
-
-class TrainingConfig(_Section):
-    """Everything the server can be told. ``TrainingConfig()`` serves the embedded model."""
-
-    environment: Literal["development", "production"] = "development"
-    """``production`` does not start with authentication off, the development key or short keys."""
-    server: ServerConfig = ServerConfig()
-    auth: AuthConfig = AuthConfig()
-    storage: StorageConfig = StorageConfig()
-    model_dir: Path = Path("data/models")
-    supported_models: tuple[ModelConfig, ...] = ()
-    """Empty: the embedded model alone."""
-    engine: EngineConfig = EngineConfig()
-    scheduler: SchedulerConfig = SchedulerConfig()
-    durability: DurabilityConfig = DurabilityConfig()
-    quota: QuotaConfig = QuotaConfig()
-    session: SessionConfig = SessionConfig()
-    client: ClientConfig = ClientConfig()
-    hub: HubConfig = HubConfig()
-    log_format: Literal["auto", "console", "json"] = "auto"
-
-    def resolved_engine(self) -> EngineConfig:
-        """The engine's part, complete without the others."""
-        spill_dir = self.engine.spill_dir or self.storage.metadata_dir / "spill"
-        return self.engine.model_copy(update={"spill_dir": spill_dir.absolute()})
-
-    def check_exposure(self) -> None:
-        """Raises ``ConfigError`` for what must never face a network in production."""
-        if self.environment == "production" and (weakness := self.auth.weakness()):
-            raise ConfigError(
-                f"refusing to start in production: {weakness}. Set TINKER_API_KEY to secrets of "
-                f"{MIN_PRODUCTION_KEY_CHARS} or more random characters, such as those of "
-                "`openssl rand -hex 24`"
-            )
-
-    def served_models(self) -> tuple[ModelConfig, ...]:
-        return self.supported_models or (ModelConfig(name=EMBEDDED_MODEL),)
-
-    @classmethod
-    def from_file(cls, path: str | Path) -> TrainingConfig:
-        """Reads YAML or JSON; environment variables win. Raises ``ConfigError``."""
-        try:
-            values = yaml.safe_load(Path(path).read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"cannot read configuration {path}: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"configuration {path} must be a mapping of settings")
-        return cls._build(_merge(values, _from_environment(_environment())), str(path))
-
-    @classmethod
-    def from_env(cls) -> TrainingConfig:
-        """``TRAINING_CONFIG`` names a file; the variables of ``ENVIRONMENT`` win over it."""
-        environment = _environment()
-        if config_file := environment.get("TRAINING_CONFIG"):
-            return cls.from_file(config_file)
-        return cls._build(_from_environment(environment), "environment")
-
-    @classmethod
-    def _build(cls, values: dict[str, Any], source: str) -> TrainingConfig:
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
-                for item in error.errors(include_input=False, include_url=False)
-            )
-            raise ConfigError(f"bad configuration ({source}): {problems}") from None
-
-
-ENVIRONMENT: Mapping[str, tuple[str, ...]] = {
-    "ENV": ("environment",),
-    "TRAINING_HOST": ("server", "host"),
-    "TRAINING_PORT": ("server", "port"),
-    "TRAINING_PUBLIC_URL": ("server", "public_url"),
-    "TINKER_API_KEY": ("auth", "api_keys"),
-    "TRAINING_AUTH": ("auth", "enabled"),
-    "METADATA_DIR": ("storage", "metadata_dir"),
-    "FUTURES_DB_NAME": ("storage", "futures_db_name"),
-    "DATABASE_URL": ("storage", "database_url"),
-    "CHECKPOINT_DIR": ("storage", "checkpoint_dir"),
-    "MODEL_DIR": ("model_dir",),
-    "SUPPORTED_MODELS": ("supported_models",),
-    "ENGINE_DEVICE": ("engine", "device"),
-    "ENGINE_DTYPE": ("engine", "dtype"),
-    "ENGINE_THREADS": ("engine", "num_threads"),
-    "LOG_FORMAT": ("log_format",),
-}
-"""Environment variable -> place in the tree. ``TRAINING_CONFIG`` names the file itself."""
-
-
-def _environment() -> Mapping[str, str]:
-    dotenv = {key: value for key, value in dotenv_values(".env").items() if value is not None}
-    return dotenv | dict(os.environ)
-
-
-def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for variable, place in ENVIRONMENT.items():
-        text = environment.get(variable)
-        if not text or (value := _PARSERS.get(variable, str)(text)) is None:
-            continue
-        section = values
-        for key in place[:-1]:
-            section = section.setdefault(key, {})
-        section[place[-1]] = value
-    return values
-
-
-def _parse_environment(text: str) -> str | None:
-    """Other programs have uses of their own for ``ENV``: what is not ours says nothing."""
-    words = {"prod": "production", "dev": "development"}
-    word = text.strip().lower()
-    return words.get(word, word if word in words.values() else None)
-
-
-def _parse_keys(text: str) -> tuple[str, ...]:
-    return tuple(key.strip() for key in text.split(",") if key.strip())
-
-
-def _parse_models(text: str) -> list[dict[str, Any]]:
-    """A JSON array of names, or of objects with the fields of ``ModelConfig``."""
-    try:
-        entries = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"SUPPORTED_MODELS is not a JSON array: {error}") from None
-    if not isinstance(entries, list):
-        raise ConfigError("SUPPORTED_MODELS is not a JSON array")
-    return [{"name": entry} if isinstance(entry, str) else entry for entry in entries]
-
-
-_PARSERS: Mapping[str, Any] = {
-    "ENV": _parse_environment,
-    "TINKER_API_KEY": _parse_keys,
-    "SUPPORTED_MODELS": _parse_models,
-}
-
-
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in top.items():
-        old = merged.get(key)
-        merged[key] = (
-            _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-        )
-    return merged
