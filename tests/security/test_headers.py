@@ -65,21 +65,23 @@ def test_every_answer_has_them(fake_server: Server, path: str, with_key: bool) -
     assert (answer.headers.get("cache-control") == "no-store") == path.startswith("/api/")
 
 
-def test_an_internal_error_has_them_too(fake_server: Server) -> None:
+def test_an_internal_error_has_them_too(tmp_path: Path) -> None:
     """Made outside of the middleware: by a route that fails in an application of our own."""
     from fastapi.testclient import TestClient
 
     from training.api import create_app
-    from training.config import ModelConfig, TrainingConfig
+    from training.config import ModelConfig, StorageConfig, TrainingConfig
 
     fake = ModelConfig(name="tests/fake", backend="fake")
-    app = create_app(TrainingConfig(supported_models=(fake,)))
+    storage = StorageConfig(metadata_dir=tmp_path / "m", checkpoint_dir=str(tmp_path / "c"))
+    app = create_app(TrainingConfig(supported_models=(fake,), storage=storage))
 
     @app.get("/api/v1/bug")
     async def bug() -> None:
         raise ZeroDivisionError("secret detail")
 
-    answer = TestClient(app, raise_server_exceptions=False).get("/api/v1/bug")
+    with TestClient(app, raise_server_exceptions=False) as client:
+        answer = client.get("/api/v1/bug")
     assert answer.status_code == 500
     assert answer.json() == {"detail": "internal error; see the server log", "category": "server"}
     assert answer.headers["cache-control"] == "no-store"

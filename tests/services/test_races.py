@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from tests.services.test_server import ME, MODEL, Client, config, running, train_body
 from training.backends.fake import FakeBackend
+from training.config import DurabilityConfig
 from training.core.errors import BackendError, Gone, NotFound, StorageError
 from training.core.ids import TinkerPath
 from training.core.records import FutureStatus, ModelStatus
@@ -116,7 +117,7 @@ async def test_every_model_of_a_dead_engine_comes_back(tmp_path: Path) -> None:
 
 
 async def test_a_server_on_a_full_disk_can_be_closed(tmp_path: Path) -> None:
-    settings = config(tmp_path)
+    settings = config(tmp_path).model_copy(update={"durability": DurabilityConfig(drain_s=0.5)})
     async with running(settings) as server:
         client = await Client.connect(server)
         await client.create()

@@ -18,9 +18,9 @@ SlotOf = Callable[[], int]
 class Outcome:
     """A result and what must become durable with it.
 
-    ``also`` runs in the transaction that stores the result, with the storage's connection; if it
-    raises a ``TinkercloudError``, the operation fails with that and ``undo`` runs. ``then`` runs
-    after the commit.
+    ``also`` runs in the transaction that stores the result, with the storage's connection, perhaps
+    more than once until that is committed; if it raises a ``TinkercloudError``, the operation fails
+    with that and ``undo`` runs. ``then`` runs after the commit.
     """
 
     result: FutureResult

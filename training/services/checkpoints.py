@@ -188,8 +188,8 @@ class CheckpointService:
 
         def also(connection: Connection) -> None:
             if overwrite:
-                if (old := checkpoints.replace(connection, checkpoint)) is not None:
-                    replaced.append(old)
+                old = checkpoints.replace(connection, checkpoint)
+                replaced[:] = [] if old is None else [old]
             elif not checkpoints.insert(connection, checkpoint):
                 raise InvalidRequest(_taken(checkpoint.path))
 
@@ -234,7 +234,7 @@ class CheckpointService:
         unused: list[str] = []
 
         def also(connection: Connection) -> None:
-            unused.extend(_insert_sampler(connection, session))
+            unused[:] = _insert_sampler(connection, session)
 
         async def discard(snapshot_ids: Iterable[str]) -> None:
             for snapshot_id in snapshot_ids:

@@ -82,7 +82,7 @@ class ModelLoader:
         def also(connection: Connection) -> None:
             models.move(connection, model.model_id, ModelStatus.READY)
             if adopted is not None:
-                unused.extend(self._snapshots.store(connection, loaded, 0, adopted))
+                unused[:] = self._snapshots.store(connection, loaded, 0, adopted)
 
         async def then() -> None:
             loaded.model = replace(model, status=ModelStatus.READY)
@@ -125,7 +125,7 @@ class ModelLoader:
         unused: list[str] = []
 
         def also(connection: Connection) -> None:
-            unused.extend(self._snapshots.store(connection, loaded, seq, adopted))
+            unused[:] = self._snapshots.store(connection, loaded, seq, adopted)
 
         async def then() -> None:
             await self._snapshots.delete(unused)
