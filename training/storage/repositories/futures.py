@@ -41,6 +41,19 @@ class Payload(NamedTuple):
     body: bytes
 
 
+# Of every promise; making them anew each time took as long as running them.
+_INSERT_PAYLOAD = sa.insert(payloads)
+_INSERT_RESULT = sa.insert(results)
+_DELETE_PAYLOAD = sa.delete(payloads).where(payloads.c.request_id == sa.bindparam("id_"))
+_IS_PENDING = (
+    table.c.request_id == sa.bindparam("id_"),
+    table.c.status == sa.literal_column(f"'{FutureStatus.PENDING}'"),
+)
+_PENDING = sa.select(table.c.scope, table.c.kind).where(*_IS_PENDING)
+_NEWEST = sa.select(sa.func.max(table.c.completion)).where(table.c.scope == sa.bindparam("scope_"))
+_FINISH = sa.update(table).where(*_IS_PENDING)
+
+
 def insert(connection: sa.Connection, new: NewFuture, at: datetime) -> Stored:
     """Stores promise and payload; a repeated (scope, seq) gets the promise of the first."""
     values = {
@@ -61,7 +74,7 @@ def insert(connection: sa.Connection, new: NewFuture, at: datetime) -> Stored:
         )
         return Stored(connection.execute(query).scalar_one(), is_new=False)
     body = {"request_id": new.request_id, "content_type": new.content_type, "body": new.payload}
-    connection.execute(sa.insert(payloads).values(**body))
+    connection.execute(_INSERT_PAYLOAD, body)
     return Stored(new.request_id, is_new=True)
 
 
@@ -108,27 +121,22 @@ def finish(
 
     The payload goes, unless the operation may have to be run again to bring its model back.
     """
-    pending = table.c.request_id == request_id, table.c.status == FutureStatus.PENDING
-    row = first(connection, sa.select(table.c.scope, table.c.kind).where(*pending))
+    row = connection.execute(_PENDING, {"id_": request_id}).mappings().first()
     if row is None:
         return None
-    newest = sa.select(sa.func.max(table.c.completion)).where(table.c.scope == row["scope"])
-    completion = int(connection.execute(newest).scalar_one() or 0) + 1
+    newest = connection.execute(_NEWEST, {"scope_": row["scope"]}).scalar_one()
+    completion = int(newest or 0) + 1
     is_done = outcome.status is FutureStatus.DONE
-    statement = (
-        sa.update(table)
-        .where(*pending)
-        .values(
-            status=outcome.status,
-            finished_at=at,
-            completion=completion,
-            error=outcome.error or None,
-            category=None if is_done else outcome.category,
-            effect=outcome.effect,
-            digest=outcome.digest() if is_done else None,
-        )
-    )
-    if connection.execute(statement).rowcount != 1:
+    values = {
+        "status": outcome.status,
+        "finished_at": at,
+        "completion": completion,
+        "error": outcome.error or None,
+        "category": None if is_done else outcome.category,
+        "effect": outcome.effect,
+        "digest": outcome.digest() if is_done else None,
+    }
+    if connection.execute(_FINISH, {"id_": request_id, **values}).rowcount != 1:
         return None
     if is_done:
         body = {
@@ -136,9 +144,9 @@ def finish(
             "content_type": outcome.content_type,
             "body": outcome.body,
         }
-        connection.execute(sa.insert(results).values(**body))
+        connection.execute(_INSERT_RESULT, body)
     if not (is_done and row["kind"] in STATEFUL_KINDS):
-        connection.execute(sa.delete(payloads).where(payloads.c.request_id == request_id))
+        connection.execute(_DELETE_PAYLOAD, {"id_": request_id})
     return completion
 
 

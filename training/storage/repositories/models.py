@@ -88,9 +88,11 @@ def mark_corrupted(connection: sa.Connection, model_id: str, fault: str) -> None
 
 
 def touch(connection: sa.Connection, model_id: str, at: datetime) -> None:
-    connection.execute(
-        sa.update(table).where(table.c.model_id == model_id).values(last_request_at=at)
-    )
+    connection.execute(_TOUCH, {"id_": model_id, "last_request_at": at})
+
+
+_TOUCH = sa.update(table).where(table.c.model_id == sa.bindparam("id_"))
+"""With every operation."""
 
 
 def _model(row: Row) -> Model:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import lru_cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -16,9 +17,14 @@ Row = Mapping[str, Any]
 
 def insert_new(connection: sa.Connection, table: sa.Table, values: Row) -> bool:
     """Inserts unless a unique key is taken; tells whether it did."""
-    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
-    statement = dialect.insert(table).values(**values).on_conflict_do_nothing()
-    return connection.execute(statement).rowcount == 1
+    statement = _insert_new(table, connection.dialect.name)
+    return connection.execute(statement, dict(values)).rowcount == 1
+
+
+@lru_cache
+def _insert_new(table: sa.Table, dialect: str) -> sa.Insert:
+    insert = postgresql.insert if dialect == "postgresql" else sqlite.insert
+    return insert(table).on_conflict_do_nothing()
 
 
 def first(connection: sa.Connection, query: sa.Select[Any]) -> Row | None:
