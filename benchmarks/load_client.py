@@ -179,14 +179,15 @@ class Client:
         return await self._accepted(lambda: self._post_bytes("/forward_backward", body))
 
     async def _submit_save(self, num_steps: int) -> asyncio.Task[None]:
-        """Of its weights, to sample from."""
+        """Of its weights, to sample from. Inflight: what it saved before is let go, so that the
+        server's memory has a chance to be flat; the sample has ended by then."""
         self._seq += 1
         self._num_samplers += 1
         body = {
             "model_id": self._model,
             "seq_id": self._seq,
             "sampling_session_seq_id": self._num_samplers,
-            "kind": "snapshot",
+            "kind": "inflight",
             "type": "save_weights_for_sampler",
         }
         saving = await self._accepted(lambda: self._post("/save_weights_for_sampler", body))

@@ -37,7 +37,7 @@ from training.storage.repositories import futures
 
 log = structlog.get_logger(__name__)
 
-_CACHE_BYTES = 64 * 2**20
+_CACHE_BYTES = 32 * 2**20
 _MAX_RETRY_DELAY_S = 15.0
 CLONE_SEQS = 1_000_000_000
 """A cloned sampling client numbers its requests from clone_id times this."""
@@ -264,4 +264,4 @@ class Promises:
 
 def _cost_bytes(entry: _Entry) -> int:
     """What a settled entry holds in memory, its bookkeeping included."""
-    return 1024 + (len(entry.result.body) if entry.result is not None else 0)
+    return 2048 + (len(entry.result.body) if entry.result is not None else 0)
