@@ -241,8 +241,11 @@ class Trial:
     async def _hit(self, kill: Kill, scene: Scene) -> None:
         """What is just being restarted is waited for: there is nothing to kill yet."""
         gap_s = scene.random.uniform(0.0, 0.01)
-        await until(lambda: self._server.kill(kill.target, gap_s))
+        while not (victims := self._server.kill(kill.target, gap_s)):  # noqa: ASYNC110
+            await asyncio.sleep(_LOOK_S)
         kill.at_s = time.monotonic()
+        if kill.target is not Target.STOP:
+            await until(lambda: not any(victim.is_alive() for victim in victims))
 
 
 def differences(undisturbed: Outcome, killed: Outcome) -> list[str]:

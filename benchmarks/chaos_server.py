@@ -98,8 +98,8 @@ class KilledServer:
                     self.engines.add(found[target])
         return found
 
-    def kill(self, target: Target, gap_s: float = 0.0) -> bool:
-        """BOTH kills the engine first and the API ``gap_s`` later. False: nobody was there."""
+    def kill(self, target: Target, gap_s: float = 0.0) -> list[Process]:
+        """Returns whom it met; BOTH kills the engine first and the API ``gap_s`` later."""
         found = self.processes()
         victims = [each for each in _VICTIMS[target] if each in found]
         for number, each in enumerate(victims):
@@ -109,7 +109,7 @@ class KilledServer:
                 self._ended_by = target
             is_asked = target is Target.STOP
             found[each].send(signal.SIGTERM if is_asked else signal.SIGKILL)
-        return bool(victims)
+        return [found[each] for each in victims]
 
     def replays(self) -> list[int]:
         """Of each model that was brought back: how many operations were run again for that."""
