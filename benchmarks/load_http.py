@@ -4,12 +4,15 @@ under way, kept open for the next one."""
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any, NamedTuple
 
 import orjson
 
 PROTOBUF = "application/x-protobuf"
 JSON = "application/json"
+KEPT_S = 30.0
+"""Shorter than servers keep an idle connection, so that none is closed as it is used again."""
 
 
 class Answer(NamedTuple):
@@ -28,7 +31,8 @@ class Http:
     def __init__(self, port: int, api_key: str) -> None:
         self._port = port
         self._key = api_key
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter, float]] = []
+        """And since when; the one used last is used next."""
 
     async def get(self, path: str) -> Answer:
         return await self._call("GET", path, b"", JSON)
@@ -45,21 +49,26 @@ class Http:
             f"User-Agent: AsyncTinker/Python 0.38.0\r\nAccept: {JSON}\r\n"
             f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
         )
-        if self._idle:
-            reader, writer = self._idle.pop()
-        else:
-            reader, writer = await asyncio.open_connection("127.0.0.1", self._port, limit=2**24)
+        reader, writer = await self._connection()
         try:
             writer.write(head.encode() + body)
             answer = await _read(reader)
         except BaseException:
             writer.close()
             raise
-        self._idle.append((reader, writer))
+        self._idle.append((reader, writer, time.monotonic()))
         return answer
 
+    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        while self._idle:
+            reader, writer, since_s = self._idle.pop()
+            if time.monotonic() - since_s < KEPT_S and not reader.at_eof():
+                return reader, writer
+            writer.close()
+        return await asyncio.open_connection("127.0.0.1", self._port, limit=2**24)
+
     async def close(self) -> None:
-        for _, writer in self._idle:
+        for _, writer, _ in self._idle:
             writer.close()
         self._idle.clear()
 
