@@ -11,7 +11,7 @@ import pytest
 from tests.core.builders import train_work
 from tests.core.test_task_manager import FlakyBackend, Harness
 from training.config import ModelConfig, TrainingConfig
-from training.core.errors import DeathCause, InvalidRequest
+from training.core.errors import DeathCause, InvalidRequest, ModelLost, StorageError
 from training.core.operations import RefusedWork
 from training.core.progress import SnapshotPolicy
 from training.core.records import FutureKind, FutureStatus
@@ -152,6 +152,26 @@ async def test_a_model_whose_past_cannot_be_repeated_is_lost_and_says_so(harness
     await harness.until(lambda: "m" in harness.lost)
     assert "cannot be run again" in harness.lost["m"]
     assert "out of memory" in (await harness.result("m/4")).error
+
+
+async def test_trouble_with_the_database_while_a_model_comes_back_loses_nothing(
+    harness: Harness,
+) -> None:
+    await train_some(harness, 1, 1)
+    harness.revive_errors = [StorageError("the database is away"), OSError("so is the disk")]
+    harness.backend.crash()
+    harness.train("m", 4)
+    assert (await harness.result("m/4")).status is FutureStatus.DONE
+    assert harness.revive_errors == []
+    assert not harness.lost
+
+
+async def test_a_model_that_nothing_can_bring_back_ends(harness: Harness) -> None:
+    await train_some(harness, 1, 1)
+    harness.revive_errors = [ModelLost("no snapshot")]
+    harness.backend.crash()
+    harness.train("m", 4)
+    assert (await harness.result("m/4")).error == "no snapshot"
 
 
 async def test_a_model_is_saved_every_few_steps_and_when_it_rests() -> None:

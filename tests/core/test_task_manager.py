@@ -94,6 +94,7 @@ class Harness:
     corrupted: list[str] = field(default_factory=list)
     lost: dict[str, str] = field(default_factory=dict)
     snapshots: list[tuple[str, int]] = field(default_factory=list)
+    revive_errors: list[Exception] = field(default_factory=list)
     noted: list[str] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -126,6 +127,8 @@ class Harness:
         self.changed.set()
 
     async def revive(self, model_id: str, until: int | None) -> Revival:
+        if self.revive_errors:
+            raise self.revive_errors.pop()
         slot = "mn".index(model_id)
         await self.backend.load_slot(slot, SPECS[slot])
         generation = self.backend.health().generation

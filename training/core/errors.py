@@ -13,6 +13,7 @@
     ├── BackendError              the computation did not happen
     │   ├── UserError             this operation is wrong; its model survives
     │   ├── UnitError             this unit failed; it left no gradient behind
+    │   ├── ModelLost             what is stored of a model cannot bring it back
     │   └── BackendDead           the backend's process is gone; carries the cause
     ├── StorageError              database or disk (full, read-only, damaged)
     │   └── DamagedFile           a checksum does not match
@@ -100,6 +101,10 @@ class UserError(BackendError):
 
 class UnitError(BackendError):
     pass
+
+
+class ModelLost(BackendError):
+    """Nothing that is stored can bring the model back."""
 
 
 class DeathCause(StrEnum):

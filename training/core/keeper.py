@@ -35,8 +35,7 @@ class Keeper(Protocol):
         """Loads a model's newest good snapshot. With ``until``, operations from there on are known
         to the caller.
 
-        Raises ``BackendDead`` when the engine goes meanwhile, another ``TinkercloudError`` when the
-        model cannot be brought back.
+        Raises ``ModelLost`` when it cannot be brought back; after another error it is tried again.
         """
 
     async def snapshot(self, model_id: str, seq: int) -> FinishSnapshot:

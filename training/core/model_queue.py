@@ -47,6 +47,10 @@ class ModelQueue:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    def has_work(self) -> bool:
+        """Something waits to be run."""
+        return self.has_stored or bool(self._waiting)
+
     def is_idle(self) -> bool:
         """Nothing is to be run, brought back or saved."""
         return not (

@@ -19,8 +19,8 @@ from training.backends.base import (
     TrainUnit,
 )
 from training.core import metrics
-from training.core.errors import BackendDead, BackendError, TinkercloudError, UserError
-from training.core.model_queue import ModelQueue
+from training.core.errors import BackendDead, BackendError, Gone, TinkercloudError, UserError
+from training.core.model_queues import ModelQueues
 from training.core.operations import Operation, OptimWork, Outcome, RefusedWork, TrainWork
 from training.core.planner import PlanKind
 from training.core.records import FutureKind, FutureResult, FutureStatus, WindowEffect
@@ -55,7 +55,7 @@ class UnitRunner:
         self.unsettled: list[Operation] = []
 
     async def run(
-        self, kind: PlanKind, operations: Sequence[Operation], queues: dict[str, ModelQueue]
+        self, kind: PlanKind, operations: Sequence[Operation], queues: ModelQueues
     ) -> None:
         """``queues`` are those of the operations' models that have not ended meanwhile."""
         self._queues = queues
@@ -199,6 +199,10 @@ def effect_of_failure(operation: Operation) -> WindowEffect | None:
             return WindowEffect.SPOILED
         case _:
             return None
+
+
+def came_too_late(operation: Operation) -> Gone:
+    return Gone(f"operation {operation.seq} came after the server stopped waiting for it")
 
 
 def _name(operation: Operation) -> str:

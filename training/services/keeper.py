@@ -10,7 +10,14 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
 
-from training.core.errors import Gone, RequestError, StorageError, TinkercloudError, UserError
+from training.core.errors import (
+    Gone,
+    ModelLost,
+    RequestError,
+    StorageError,
+    TinkercloudError,
+    UserError,
+)
 from training.core.keeper import FinishSnapshot, Revival
 from training.core.operations import Operation, Outcome, RefusedWork, StoredWork, Work
 from training.core.records import FutureKind, ModelStatus, StoredOperation
@@ -88,7 +95,7 @@ class ModelKeeper:
             generation = backend.health().generation
             return Revival(snapshot.seq + 1, self._operations(loaded, after), generation)
         if not await self._can_replay(stored):
-            raise StorageError(
+            raise ModelLost(
                 f"model {model_id} was lost: no snapshot of it can be read any more; go on from "
                 "its last checkpoint with create_training_client_from_state_with_optimizer"
             )
