@@ -141,13 +141,14 @@ class NumpySampler:
     def has_work(self) -> bool:
         return bool(self.running or self.cancelled)
 
-    def step(self) -> list[tuple[str, SampleResult | Exception]]:
+    def step(self, begin: Callable[[set[str]], None]) -> list[tuple[str, SampleResult | Exception]]:
         self.log.append("sample")
         ended: list[tuple[str, SampleResult | Exception]] = [
             (request_id, UserError("cancelled")) for request_id in self.cancelled
         ]
         self.cancelled = []
         for request_id, work in list(self.running.items())[:1]:
+            begin({request_id})
             result = next(work)
             if result is not None:
                 del self.running[request_id]
@@ -167,12 +168,14 @@ class Bench:
         self.answered = threading.Event()
         self.written: queue.SimpleQueue[ipc.Written] = queue.SimpleQueue()
         self.time = 0.0
+        self.noted: list[tuple[int, ...]] = []
         self.loop = EngineLoop(
             self.trainer,
             self.sampler,
             self.inbox,
             self.reply,
             sampling_share=0.5,
+            at_work=lambda calls: self.noted.append(tuple(calls)),
             fatal=fatal,
             clock=self.tick,
         )
@@ -324,6 +327,54 @@ def test_fatal_errors_end_the_loop() -> None:
     bench = Bench(fatal=(KeyError,))
     with pytest.raises(KeyError):
         bench.run(ipc.UnloadSlot(9))
+
+
+def test_each_piece_of_work_is_noted_before_it_begins_and_after_it_ended(tmp_path: Path) -> None:
+    """None of them for a call that waits."""
+    bench = Bench()
+    tokens = fake_sampler.TOKENS_PER_TURN
+    bench.run(
+        ipc.ForwardBackward(small()),
+        ipc.OptimStep({0: AdamParams()}),
+        ipc.Sample(request((1, 2), max_tokens=2 * tokens)),
+        ipc.Sample(request((1, 2), max_tokens=tokens)),
+        ipc.Publish("missing", tmp_path / "missing"),
+    )
+    commands = [(3,), (), (4,), (), (5,), ()]
+    assert bench.noted[: len(commands)] == commands
+    turns = bench.noted[len(commands) :]
+    assert set(turns[1::2]) == {()}
+    assert turns[::2].count((1,)) == 5  # four micro-batches and the unit's end
+    assert turns[::2].count((2,)) == 1
+    samples = [calls for calls in turns[::2] if calls not in ((1,), (2,))]
+    assert set(samples) == {(3,), (4,)}
+    assert samples == sorted(samples)
+
+
+def breaking_sample(bench: Bench, number: int) -> None:
+    """A request that is being sampled and whose next step raises ``StopIteration``."""
+    bench.inbox.put(ipc.Call(number, ipc.Sample(request((1, 2), max_tokens=1000, request_id="b"))))
+    bench.loop.turn(wait=False)
+    bench.sampler.running["b"] = iter(())
+    bench.noted.clear()
+
+
+def test_what_was_worked_on_stays_noted_when_the_loop_breaks() -> None:
+    bench = Bench()
+    breaking_sample(bench, 1)
+    with pytest.raises(StopIteration):
+        bench.loop.turn(wait=False)
+    assert bench.noted == [(1,)]
+
+
+def test_a_device_that_fails_late_is_also_held_against_the_last_training_turn() -> None:
+    bench = Bench(fatal=(StopIteration,))
+    bench.run(ipc.OptimStep({0: AdamParams()}))
+    breaking_sample(bench, 2)
+    bench.inbox.put(ipc.Call(3, ipc.Retire("unknown")))
+    with pytest.raises(StopIteration):
+        bench.loop.run()
+    assert bench.noted == [(3,), (), (2,), (2, 1)]
 
 
 def test_samples_are_answered_when_they_end(tmp_path: Path) -> None:

@@ -123,6 +123,17 @@ async def test_an_engine_that_somebody_killed_is_not_held_against_its_work(
     assert (await harness.result("m/1")).status is FutureStatus.DONE
 
 
+async def test_what_only_waited_in_engines_that_end_is_never_held_against_it(
+    harness: Harness,
+) -> None:
+    harness.backend.cause = DeathCause.BYSTANDER
+    harness.backend.deaths = 50
+    harness.train("m", 1)
+    assert (await harness.result("m/1")).status is FutureStatus.DONE
+    assert harness.backend.deaths == 0
+    assert not harness.deaths
+
+
 async def test_but_it_is_not_tried_for_ever(harness: Harness) -> None:
     harness.backend.cause = DeathCause.KILLED
     harness.backend.deaths = 1000

@@ -299,3 +299,30 @@ def test_top_of_sampled_positions(directory: Path, reference: Any) -> None:
     assert sequence.topk is not None
     np.testing.assert_array_equal(sequence.topk.token_ids, expected.indices.numpy())
     np.testing.assert_allclose(sequence.topk.logprobs, expected.values.numpy(), atol=TOLERANCE)
+
+
+def test_each_piece_of_work_is_told_of_before_it_begins(directory: Path) -> None:
+    """A request that is let in, then those whose rows are computed: none of a request that waits,
+    and a prompt that gets no rows is none of the step's."""
+    sampler = make_sampler(directory, max_running_sequences=3, prefill_chunk_tokens=20)
+    for name, num_tokens in (("first", 60), ("second", 50), ("third", 4), ("waits", 4)):
+        sampler.submit(ask(random_prompt(num_tokens, len(name)), name, max_tokens=9))
+    told: list[set[str]] = []
+    sampler.step(told.append)
+    assert told == [{"first"}, {"second"}, {"third"}, {"first", "second", "third"}]
+    told.clear()
+    sampler.step(told.append)
+    assert told == [{"first", "second", "third"}]
+    sampler.cancel("second")
+    told.clear()
+    sampler.step(told.append)
+    assert told == [{"waits"}, {"first", "third", "waits"}]
+
+
+def test_a_prompt_without_rows_is_not_part_of_a_step(directory: Path) -> None:
+    sampler = make_sampler(directory, prefill_chunk_tokens=20)
+    for name, num_tokens in (("oldest", 60), ("short", 12), ("long", 50)):
+        sampler.submit(ask(random_prompt(num_tokens, num_tokens), name))
+    told: list[set[str]] = []
+    sampler.step(told.append)
+    assert told[-1] == {"oldest", "short"}

@@ -19,6 +19,7 @@ import structlog
 from training.backends import ipc
 from training.backends.base import Capabilities, Saving
 from training.backends.death import Death, count_oom_kills, death_of
+from training.backends.flight_recorder import FlightRecord
 from training.config import EngineConfig
 from training.core.errors import BackendDead, ConfigError, DeathCause
 
@@ -79,6 +80,8 @@ class EngineChild:
         self._stopping = False
         self._broken = False
         """It lived, but of no use any more, so that we killed it."""
+        self._culprits: frozenset[int] | None = None
+        """The calls that broke it, where the flight record does not say."""
         self.has_worked = False
         """Whether it has finished any work, which loading and publishing are not."""
         self.ended = asyncio.Event()
@@ -99,11 +102,14 @@ class EngineChild:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, ipc.SOCKET_BUFFER_BYTES)
         ours.setblocking(False)
         self._socket = ours
+        # A sampler step is for max_running_sequences at most; a failure may add a training call.
+        self._record = FlightRecord(self._configure.engine.max_running_sequences + 1)
         try:
             with theirs:
-                self._process = await self._spawn(theirs.fileno())
+                self._process = await self._spawn(theirs.fileno(), self._record.fd)
         except BaseException:
             ours.close()
+            self._record.close()
             raise
         output = asyncio.create_task(self._forward_output())
         self._sender = asyncio.create_task(self._send_all())
@@ -121,14 +127,15 @@ class EngineChild:
             await self.close(10.0)
             raise ConfigError(answer.message)
         await self._see_to_its_end(output)
-        raise self._dead()
+        raise BackendDead(self.detail, self.cause)
 
-    async def _spawn(self, fd: int) -> asyncio.subprocess.Process:
+    async def _spawn(self, fd: int, recorder_fd: int) -> asyncio.subprocess.Process:
         spawning = asyncio.create_task(
             asyncio.create_subprocess_exec(
                 sys.executable,
-                *("-m", "training.engine", "--fd", str(fd), "--parent", str(os.getpid())),
-                pass_fds=(fd,),
+                *("-m", "training.engine", "--parent", str(os.getpid())),
+                *("--fd", str(fd), "--recorder", str(recorder_fd)),
+                pass_fds=(fd, recorder_fd),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
@@ -186,12 +193,12 @@ class EngineChild:
     def post(self, command: ipc.Command) -> None:
         """Sends a command whose answer nobody waits for."""
         if not self.ended.is_set():
-            self._outgoing.put_nowait(ipc.Call(0, command))
+            self._outgoing.put_nowait(ipc.Call(self._new_call_id(), command))
 
     async def close(self, grace_s: float) -> None:
         """Asks the child to stop, waits ``grace_s`` for it, then kills it."""
         self._stopping = True
-        self._outgoing.put_nowait(ipc.Call(0, ipc.Stop()))
+        self.post(ipc.Stop())
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._process.wait(), grace_s)
         if self._process.returncode is None:
@@ -216,6 +223,7 @@ class EngineChild:
             await self._receive_all()
         except Exception:
             _log.exception("engine.bad_frame", pid=self._process.pid)
+            self._culprits = frozenset(self._calls)  # the answer to one of them
         await self._see_to_its_end(output)
 
     async def _see_to_its_end(self, output: asyncio.Task[None]) -> None:
@@ -247,14 +255,18 @@ class EngineChild:
     async def _send_all(self) -> None:
         """The only writer: a cancelled caller never leaves half a frame behind."""
         loop = asyncio.get_running_loop()
+        message: object = None
         try:
             while True:
-                await ipc.send_async(loop, self._socket, await self._outgoing.get())
+                message = await self._outgoing.get()
+                await ipc.send_async(loop, self._socket, message)
         except ConnectionError:
             return  # _receive_all sees the same end and says why
         except Exception:
             # A frame that cannot be sent leaves its caller waiting on a live child: start over.
             _log.exception("engine.send_failed", pid=self._process.pid)
+            if isinstance(message, ipc.Call):
+                self._culprits = frozenset({message.call_id})
             self._kill_broken()
 
     def _kill_broken(self) -> None:
@@ -284,12 +296,14 @@ class EngineChild:
         death = self._death()
         self.cause = death.cause
         self.detail = f"the engine process {self._process.pid} has ended ({death.detail})"
-        for answer in self._calls.values():
-            _settle(answer, None, self._dead())
-        for writing in self._writings.values():
-            _settle(writing, None, self._dead())
+        blamed = self._blamed()
+        for call_id, answer in self._calls.items():
+            _settle(answer, None, self._dead(call_id in blamed))
+        for call_id, writing in self._writings.items():
+            _settle(writing, None, self._dead(call_id in blamed))
         self._writings.clear()
         self._socket.close()
+        self._record.close()
         self.ended.set()
 
     def _death(self) -> Death:
@@ -299,8 +313,24 @@ class EngineChild:
             return Death(DeathCause.CRASHED, "it did not answer as it should")
         return death_of(self._process.returncode, self._oom_kills, count_oom_kills())
 
-    def _dead(self) -> BackendDead:
-        return BackendDead(self.detail, self.cause)
+    def _blamed(self) -> frozenset[int]:
+        """The calls that it was at work on when it ended.
+
+        Where a crash came between two pieces of work, the state that was being written is suspect;
+        without one, every call is: they are told apart when each runs alone. A crash of the thread
+        that writes, in the middle of other work, is held against that work.
+        """
+        if self._culprits is not None:
+            return self._culprits
+        at_work = self._record.read()
+        if at_work or not self.cause.blames_work:
+            return at_work
+        captured = [call_id for call_id in self._writings if call_id not in self._calls]
+        return frozenset(captured[:1] or self._calls)
+
+    def _dead(self, is_blamed: bool) -> BackendDead:
+        ours = self.cause if is_blamed or self.cause is DeathCause.CLOSED else DeathCause.BYSTANDER
+        return BackendDead(self.detail, ours)
 
     def last_lines(self) -> str:
         return "\n".join(self._last_lines)

@@ -12,7 +12,7 @@ import asyncio
 import pickle
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,7 +141,7 @@ Command = TrainingCommand | SamplingCommand | Stop
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A command and the number that its reply will carry."""
+    """A command and the number that its reply will carry: 1 and so on, in the order of sending."""
 
     call_id: int
     command: Command
@@ -207,11 +207,12 @@ def send(sock: socket.socket, message: object) -> None:
         sock.sendall(piece)
 
 
-def receive(sock: socket.socket) -> object | None:
-    """Blocking; None at the end of the stream."""
+def receive(sock: socket.socket, begin: Callable[[], None] = lambda: None) -> object | None:
+    """Blocking; None at the end of the stream. ``begin``: called when a message is on its way."""
     head = bytearray(HEAD.size)
     if not _fill(sock, head):
         return None
+    begin()
     num_parts, body_bytes = HEAD.unpack(head)
     body = bytearray(body_bytes)
     return decode(num_parts, body) if _fill(sock, body) else None

@@ -116,6 +116,8 @@ class DeathCause(StrEnum):
     """It did not get on with one piece of work, and its watchdog ended it."""
     KILLED = "killed"
     """Somebody outside killed it."""
+    BYSTANDER = "bystander"
+    """It ended while it was at work on something else: this call only waited."""
     LOST = "lost"
     """It died before this call, which never ran, and with it what the call needs."""
     CLOSED = "closed"

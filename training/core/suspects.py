@@ -1,8 +1,9 @@
 """Which request is to blame when an engine crashes again and again.
 
-What ran in an engine when it crashed is suspect, and runs alone among suspects from then on; what
-is running when an engine crashes for the second time did it. An engine that somebody killed says
-nothing about its work, but even so a request is not tried for ever.
+What an engine was at work on when it crashed is suspect, and runs alone among suspects from then
+on; what an engine is at work on when it crashes for the second time did it. What only waited in the
+engine is not counted, however often. An engine that somebody killed says nothing about its work,
+but even so a request is not tried for ever.
 """
 
 from __future__ import annotations

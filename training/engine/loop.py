@@ -9,7 +9,7 @@ import logging
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -83,7 +83,8 @@ class SamplerWork(Protocol):
     @property
     def has_work(self) -> bool: ...
 
-    def step(self) -> list[tuple[str, SampleResult | Exception]]: ...
+    def step(self, begin: Callable[[set[str]], None]) -> list[tuple[str, SampleResult | Exception]]:
+        """``begin`` is told which requests the next piece of the step is for."""
 
 
 class Turn(Enum):
@@ -144,7 +145,8 @@ class EngineLoop:
 
     Training commands are answered in the order they came; so are sampling commands, but for
     ``Sample`` itself, which is answered when it is finished. ``reply`` is called by two threads:
-    ours, and the one that writes captured states.
+    ours, and the one that writes captured states. ``at_work`` is told for which calls each piece of
+    work is, before it begins, and none when it is over.
     """
 
     def __init__(
@@ -155,6 +157,7 @@ class EngineLoop:
         reply: Callable[[ipc.Reply | ipc.Written], None],
         *,
         sampling_share: float,
+        at_work: Callable[[Sequence[int]], None] = lambda calls: None,
         fatal: tuple[type[BaseException], ...] = (),
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -162,6 +165,7 @@ class EngineLoop:
         self._sampler = sampler
         self._inbox = inbox
         self._reply = reply
+        self._at_work = at_work
         self._fatal = fatal
         self._clock = clock
         self._time_share = TimeShare(sampling_share)
@@ -169,6 +173,8 @@ class EngineLoop:
         self._training: deque[ipc.Call] = deque()
         self._run: TrainRun | None = None  # of self._training[0]
         self._samples: dict[str, int] = {}  # request id -> call id
+        self._calls: Sequence[int] = ()  # that are worked on
+        self._trained: int = 0  # the call of the last training turn
         self._writer = StateWriter()
         self._stopped = False
         self._tidy_in_s: float | None = None
@@ -182,8 +188,13 @@ class EngineLoop:
 
     def run(self) -> None:
         turn = Turn.WAIT
-        while not self._stopped:
-            turn = self.turn(wait=turn is Turn.WAIT)
+        try:
+            while not self._stopped:
+                turn = self.turn(wait=turn is Turn.WAIT)
+        except self._fatal:
+            # The device tells of it late: it may be of what training left there to be computed.
+            self._begin([*self._calls, self._trained])
+            raise
         self._writer.close()
 
     def turn(self, wait: bool) -> Turn:
@@ -200,6 +211,7 @@ class EngineLoop:
             self._train()
         elif turn is Turn.SAMPLE:
             self._sample()
+        self._begin(())
         seconds = self._clock() - started_at
         self._time_share.spend(turn, seconds)
         self.pauses.note(turn, seconds, sampling_waits)
@@ -225,10 +237,17 @@ class EngineLoop:
                 self._stopped = True
             elif isinstance(call.command, ipc.Publish | ipc.Retire | ipc.Sample | ipc.Cancel):
                 self._sampling_command(call.call_id, call.command)
+                self._begin(())
             else:
                 self._training.append(call)
 
+    def _begin(self, calls: Sequence[int]) -> None:
+        """The work from now on is for these."""
+        self._calls = calls
+        self._at_work(calls)
+
     def _sampling_command(self, call_id: int, command: ipc.SamplingCommand) -> None:
+        self._begin([call_id])
         try:
             match command:
                 case ipc.Publish(snapshot_id, directory):
@@ -249,7 +268,10 @@ class EngineLoop:
     # ----------------------------------------------------------------- turns
 
     def _sample(self) -> None:
-        for request_id, result in self._sampler.step():
+        def begin(requests: set[str]) -> None:
+            self._begin([self._samples[request_id] for request_id in requests])
+
+        for request_id, result in self._sampler.step(begin):
             call_id = self._samples.pop(request_id)
             if isinstance(result, Exception):
                 shown = self._shown(result, ipc.Sample)
@@ -268,6 +290,8 @@ class EngineLoop:
     def _train(self) -> None:
         """One micro-batch of the first training command, or all of it where it has none."""
         call = self._training[0]
+        self._trained = call.call_id
+        self._begin([call.call_id])
         try:
             if self._run is None and isinstance(call.command, ipc.ForwardBackward):
                 self._run = self._trainer.forward_backward(call.command.unit)

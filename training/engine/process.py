@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 
 from training.backends import ipc
+from training.backends.flight_recorder import FlightRecorder
 from training.config import EngineConfig
 from training.core.errors import ConfigError
 from training.engine.load import load_decoder
@@ -37,7 +38,7 @@ _PR_SET_PDEATHSIG = 1
 _log = logging.getLogger(__name__)
 
 
-def main(fd: int, parent_pid: int) -> int:
+def main(fd: int, recorder_fd: int, parent_pid: int) -> int:
     """Exit codes: 0 told to stop, 1 broken, 2 the model cannot be loaded; the watchdog has one of
     its own."""
     faulthandler.enable()  # what breaks the process says where
@@ -64,7 +65,9 @@ def main(fd: int, parent_pid: int) -> int:
         ipc.send(sock, ipc.StartFailed(f"cannot load {configure.base_model}: {reason}"))
         return 2
     inbox: Inbox = queue.SimpleQueue()
-    threading.Thread(target=_read_all, args=(sock, inbox), name="reader", daemon=True).start()
+    recorder = FlightRecorder(recorder_fd)
+    reading = (sock, inbox, recorder)
+    threading.Thread(target=_read_all, args=reading, name="reader", daemon=True).start()
     ipc.send(sock, ipc.Ready(engine.trainer.capabilities()))
     loop = EngineLoop(
         engine.trainer,
@@ -72,6 +75,7 @@ def main(fd: int, parent_pid: int) -> int:
         inbox,
         _replier(sock),
         sampling_share=configure.engine.sampling_share,
+        at_work=recorder.at_work,
         fatal=(torch.AcceleratorError,),  # after one, the device context answers nothing else
     )
     Watchdog(loop.current_work, configure.engine.stall_timeout_s).start()
@@ -130,12 +134,19 @@ def _replier(sock: socket.socket) -> Callable[[ipc.Reply | ipc.Written], None]:
     return reply
 
 
-def _read_all(sock: socket.socket, inbox: Inbox) -> None:
+def _read_all(sock: socket.socket, inbox: Inbox, recorder: FlightRecorder) -> None:
     """When the socket ends, nobody wants the work in progress: the process ends at once."""
+    num_calls = 0
+
+    def begin() -> None:
+        recorder.receiving(num_calls + 1)  # they are numbered in the order they are sent
+
     try:
-        while (message := ipc.receive(sock)) is not None:
+        while (message := ipc.receive(sock, begin)) is not None:
             assert isinstance(message, ipc.Call)
+            num_calls = message.call_id
             inbox.put(message)
+            recorder.receiving(0)
     except OSError:
         pass
     except Exception:

@@ -7,7 +7,7 @@ two steps the caller may train.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,8 @@ from training.engine.sampling import Cuts
 
 MAX_TOPK = 20
 Outcome = tuple[str, SampleResult | Exception]
+Begin = Callable[[set[str]], None]
+"""Told which requests the next piece of work is for, before it is begun."""
 NOT_FINITE = "the weights gave logits that are not finite"
 
 
@@ -124,12 +126,13 @@ class Sampler:
         self._blocks.forget_all()
 
     @torch.inference_mode()
-    def step(self) -> list[Outcome]:
+    def step(self, begin: Begin = lambda requests: None) -> list[Outcome]:
         """One forward pass at most; returns the requests that ended."""
         self._grow()
-        self._admit()
+        self._admit(begin)
         works = plan_step(self._running, self._config.prefill_chunk_tokens)
         if works:
+            begin({work.sequence.job.request.request_id for work in works})
             self._absorb(works, self._forward(works))
         self._retire_finished()
         outcomes, self._outcomes = self._outcomes, []
@@ -156,13 +159,14 @@ class Sampler:
                 if not self._blocks.grow(sequence):
                     self._give_way(choose_victim(self._running))
 
-    def _admit(self) -> None:
+    def _admit(self, begin: Begin) -> None:
         """In the order of the line. Nobody overtakes the first for want of blocks, so that a long
         prompt cannot wait for ever behind short ones."""
         limit = self._config.max_running_sequences
         while (sequence := self._line.next()) is not None:
             has_room = len(self._running) < limit
             if has_room:
+                begin({sequence.job.request.request_id})
                 if not self._load(sequence.job):
                     continue
                 sequence.refresh_context()
