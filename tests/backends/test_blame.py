@@ -6,10 +6,9 @@ With real engine processes, each made to stand still where it is to end.
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,12 +16,12 @@ import numpy as np
 import pytest
 
 from tests.backends.conftest import local_config
+from tests.backends.ending import at_work, end
 from tests.backends.harness import datum, op, request, spec, unit
 from tests.backends.test_conformance_saving import slow_disk
 from tests.backends.test_local import PROMPT, long_unit, on_uvloop, running, stalling_files
 from tests.backends.tiny import CONTEXT_LENGTH, VOCAB_SIZE
 from training.backends.base import Datum
-from training.backends.child import EngineChild
 from training.backends.death import count_oom_kills
 from training.backends.local import LocalBackend
 from training.core.errors import BackendDead, DeathCause
@@ -31,39 +30,6 @@ NUM_RUNNING = 8  # max_running_sequences of the tests' configuration
 NUM_WAITING = 200
 BY_KILL = DeathCause.CRASHED if count_oom_kills() is None else DeathCause.KILLED
 """Where nothing tells the kernel's kills from others', each counts as the kernel's."""
-
-
-def child_of(backend: LocalBackend) -> EngineChild:
-    assert backend._child is not None
-    return backend._child
-
-
-def at_work(backend: LocalBackend) -> frozenset[int]:
-    return child_of(backend)._record.read()
-
-
-async def end(
-    backend: LocalBackend,
-    where: Callable[[frozenset[int]], object],
-    by: signal.Signals = signal.SIGABRT,
-) -> frozenset[int]:
-    """Ends the engine at work on calls of which ``where`` is true; returns them. It is stopped to
-    be looked at, so that it ends where it was seen."""
-    pid = child_of(backend).pid
-    while True:
-        os.kill(pid, signal.SIGSTOP)
-        while state_of(pid) != "T":  # noqa: ASYNC110  it is only seen from outside
-            await asyncio.sleep(0.001)
-        if where(calls := at_work(backend)):
-            os.kill(pid, by)
-            os.kill(pid, signal.SIGCONT)
-            return calls
-        os.kill(pid, signal.SIGCONT)
-        await asyncio.sleep(0.005)
-
-
-def state_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def has_no_room(calls: frozenset[int]) -> bool:

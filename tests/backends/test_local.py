@@ -22,6 +22,7 @@ import pytest
 import uvloop
 
 from tests.backends.conftest import local_config
+from tests.backends.ending import end
 from tests.backends.harness import datum, op, request, spec, unit
 from tests.backends.steps import written
 from tests.backends.test_conformance_saving import slow_disk
@@ -145,8 +146,7 @@ async def test_an_engine_is_restarted_however_often_it_dies(tiny_llama: Path) ->
             await backend.load_slot(0, spec())
             await backend.forward(unit(op(0, datum(VOCAB_SIZE, 5, 0))))
             long = asyncio.create_task(backend.forward_backward(long_unit()))
-            await asyncio.sleep(0)
-            kill_engine(backend)
+            await end(backend, bool, signal.SIGKILL)
             with pytest.raises(BackendDead) as death:
                 await long
             known = count_oom_kills() is not None
@@ -250,9 +250,7 @@ async def test_an_engine_that_breaks_says_what_broke(tiny_llama: Path) -> None:
     async with running(tiny_llama) as backend:
         await backend.load_slot(0, spec())
         work = asyncio.create_task(backend.forward_backward(long_unit()))
-        await asyncio.sleep(0)
-        assert backend.engine_pid is not None
-        os.kill(backend.engine_pid, signal.SIGABRT)
+        await end(backend, bool)
         with pytest.raises(BackendDead, match="signal 6") as death:
             await work
         assert death.value.cause is DeathCause.CRASHED
