@@ -28,7 +28,7 @@ from benchmarks import load_expected as expected
 from benchmarks.load_http import Answer, Http
 
 HEARTBEAT_S = 10.0
-STEPS_UNDER_WAY = 2
+STEPS_UNDER_WAY = 4
 SAMPLES_UNDER_WAY = 3
 NUM_COURSES = 8
 """Different trainings; clients with the same one get the same answers."""
