@@ -150,7 +150,9 @@ async def test_an_engine_is_restarted_however_often_it_dies(tiny_llama: Path) ->
             with pytest.raises(BackendDead) as death:
                 await long
             known = count_oom_kills() is not None
-            assert death.value.cause is (DeathCause.KILLED if known else DeathCause.CRASHED)
+            # The engine may not have begun it yet.
+            at_work = DeathCause.KILLED if known else DeathCause.CRASHED
+            assert death.value.cause in (at_work, DeathCause.BYSTANDER)
             assert await backend.sample(request(PROMPT))
             health = backend.health()
             assert (health.state, health.alive) == (BackendState.RUNNING, True)
