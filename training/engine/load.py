@@ -13,7 +13,7 @@ from training.engine.decoder import Decoder
 from training.engine.model import Transformer
 from training.engine.model_config import ModelConfig, UnsupportedModelError
 from training.engine.native.build import BuildError
-from training.engine.native.decoder import NativeDecoder
+from training.engine.native.proof import load_proved
 from training.engine.native.weights import UnsupportedShapeError
 from training.engine.torch_probe import probed_paths
 
@@ -46,7 +46,7 @@ def _native(
     try:
         if device.type != "cpu" or dtype != torch.bfloat16:
             raise ConfigError(f"they compute in bfloat16 on the CPU, not {dtype} on {device}")
-        decoder = NativeDecoder.from_directory(path)
+        decoder = load_proved(path, engine.num_threads)
     except (BuildError, UnsupportedShapeError, ConfigError) as error:
         if engine.kernels == "native":
             raise ConfigError(f"engine.kernels is native, but: {error}") from error
@@ -54,8 +54,6 @@ def _native(
             raise
         _log.warning("computing with torch, several times slower than our own kernels: %s", error)
         return None
-    if engine.num_threads is not None:
-        decoder.set_num_threads(engine.num_threads)
     # What is left to torch is small; the threads of its loops would spin in the way of ours.
     torch.set_num_threads(1)
     return decoder

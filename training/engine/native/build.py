@@ -47,7 +47,7 @@ def library_path() -> Path:
     if missing := REQUIRED_FLAGS - _processor_flags():
         raise BuildError(f"this processor lacks {', '.join(sorted(missing))}")
     compiler = _compiler()
-    path = _cache_directory() / f"kernels-{_digest(compiler)}.so"
+    path = cache_directory() / f"kernels-{_digest(compiler)}.so"
     if not path.exists():
         _log.info("compiling the kernels with %s (once; 10 to 20 s)", compiler)
         _build(compiler, path)
@@ -72,7 +72,7 @@ def _compiler() -> str:
     raise BuildError("no C++ compiler (g++ 12 or newer; on Debian and Ubuntu: apt install g++)")
 
 
-def _cache_directory() -> Path:
+def cache_directory() -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     directory = Path(root).expanduser() / "tinkercloud"
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from training.core.errors import ConfigError
@@ -11,6 +13,7 @@ from training.engine.model_config import ModelConfig
 from training.engine.native import library
 from training.engine.weights import LayerWeights, Linear, ModelWeights
 
+Uint64Array = npt.NDArray[np.uint64]
 TILE_SUM = 32
 """Elements of a sum that one tile covers: inputs of every linear are multiples of it."""
 
@@ -64,6 +67,20 @@ class NativeWeights:
             head=self._linear(weights.head, with_transpose=True),
             cos_sin=self._keep(_rotary_table(config)),
         )
+
+    def sums(self) -> Uint64Array:
+        """[tensors, 2]: sums of all that the kernels read, of its words modulo 2^64 and of their
+        bits modulo 2. A change of one word changes both, those of several could cancel out in both
+        only by chance. A hash would take ten times as long."""
+        sums = []
+        for tensor in self._tensors:
+            content = tensor.flatten().view(torch.uint8).numpy()
+            rest = content.size % 8
+            words = content[: content.size - rest].view(np.uint64)
+            last = int.from_bytes(content[content.size - rest :].tobytes(), "little")
+            total = int(words.sum()) + last & 2**64 - 1  # numpy's wraps around, Python's would not
+            sums.append((total, int(np.bitwise_xor.reduce(words)) ^ last))
+        return np.array(sums, np.uint64)
 
     def _layer(self, layer: LayerWeights, window: int | None) -> library.Layer:
         return library.Layer(
