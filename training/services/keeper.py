@@ -27,7 +27,7 @@ from training.services.model_snapshots import ModelSnapshots
 from training.services.promises import Promises
 from training.services.running import RunningRequests
 from training.storage.database import Database
-from training.storage.repositories import futures, models
+from training.storage.repositories import models, operations
 
 log = structlog.get_logger(__name__)
 
@@ -62,7 +62,7 @@ class ModelKeeper:
 
     async def note_deaths(self, request_ids: Sequence[str]) -> None:
         try:
-            await self._database.write(futures.note_deaths, request_ids)
+            await self._database.write(operations.note_deaths, request_ids)
         except StorageError as error:
             # This process remembers them too; only the next one would have to learn it again.
             log.error("operation.deaths_not_stored", error=str(error))
@@ -78,7 +78,7 @@ class ModelKeeper:
 
     async def revive(self, model_id: str, until: int | None) -> Revival:
         loaded = self._get(model_id)
-        stored = await self._database.read(futures.operations_of_model, model_id, -1, until)
+        stored = await self._database.read(operations.of_model, model_id, -1, until)
         for snapshot in await self._snapshots.of_model(model_id):
             after = [item for item in stored if item.seq > snapshot.seq]
             if not await self._can_replay(after):
@@ -109,7 +109,7 @@ class ModelKeeper:
             for item in stored
             if item.is_replayed and item.kind is not FutureKind.CREATE_MODEL
         ]
-        return await self._database.read(futures.has_payloads, needed)
+        return await self._database.read(operations.has_payloads, needed)
 
     def _operations(
         self, loaded: LoadedModel, stored: Sequence[StoredOperation]
@@ -130,7 +130,7 @@ class ModelKeeper:
 
     def _loader(self, loaded: LoadedModel, item: StoredOperation) -> Callable[[], Awaitable[Work]]:
         async def load() -> Work:
-            body = await self._database.read(futures.payload, item.request_id)
+            body = await self._database.read(operations.payload, item.request_id)
             if body is None and item.kind is not FutureKind.CREATE_MODEL:
                 return RefusedWork(StorageError("the request's bytes are gone"))
             try:
@@ -154,7 +154,7 @@ class ModelKeeper:
         self._loaded.remove(model_id)
         loaded.host.tasks.close_model(model_id, error)
         await loaded.host.tasks.released(model_id)
-        for item in await self._database.read(futures.operations_of_model, model_id, -1, None):
+        for item in await self._database.read(operations.of_model, model_id, -1, None):
             if item.outcome is None:
                 await self._promises.settle(item.request_id, failed(error))
         await loaded.host.release(loaded.slot)

@@ -34,7 +34,7 @@ from training.services.model_snapshots import ModelSnapshots
 from training.services.operations import Incoming, OperationDesk
 from training.services.sessions import SessionService
 from training.storage.database import Connection, Database
-from training.storage.repositories import futures, models, snapshots
+from training.storage.repositories import futures, models, operations, snapshots
 from training.wire.requests import CreateModelRequest, LoadWeightsRequest
 
 log = structlog.get_logger(__name__)
@@ -148,7 +148,7 @@ class ModelService:
     async def restore(self) -> None:
         """Opens the models of an earlier process. Each is brought back when it has work to do."""
         await self._finish_ends()
-        pending = await self._database.read(futures.pending_by_model)
+        pending = await self._database.read(operations.pending_by_model)
         covered = await self._database.read(snapshots.newest_seqs)
         live = [ModelStatus.CREATING, ModelStatus.READY]
         for model in await self._database.read(models.with_status, live):

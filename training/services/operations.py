@@ -14,7 +14,7 @@ from training.services.hosts import Host
 from training.services.promises import Promises
 from training.services.quotas import Quotas
 from training.storage.database import Connection
-from training.storage.repositories import futures, models
+from training.storage.repositories import models, operations
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class Incoming:
         return NewFuture(
             request_id=ids.new_request_id(),
             kind=self.kind,
-            scope=futures.model_scope(self.model_id),
+            scope=operations.model_scope(self.model_id),
             seq=self.seq,
             owner=self.owner,
             session_id=self.session_id,

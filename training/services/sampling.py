@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from dataclasses import replace
 
 import structlog
@@ -40,7 +41,7 @@ from training.services.results import done_protobuf
 from training.services.sessions import SessionService
 from training.storage.database import Database
 from training.storage.files import CheckpointFiles
-from training.storage.repositories import futures, sampling_sessions
+from training.storage.repositories import futures, operations, sampling_sessions
 from training.wire.json_base import parse_json
 from training.wire.protobuf import encode_sample_response
 from training.wire.requests import CreateSamplingSessionRequest, SampleJsonRequest
@@ -250,7 +251,10 @@ class SamplingService:
                 suspects.forget([name])
                 return result
             except BackendDead as error:
-                log.warning("sample.engine_died", request_id=name, cause=error.cause.value)
+                # Thousands may wait in an engine; the log names those that are suspects.
+                is_suspect = error.cause is not DeathCause.BYSTANDER
+                level = logging.WARNING if is_suspect else logging.DEBUG
+                log.log(level, "sample.engine_died", request_id=name, cause=error.cause.value)
                 verdict = suspects.died([name], error)
                 if verdict.counted:
                     await self._note_death(name)
@@ -261,7 +265,7 @@ class SamplingService:
 
     async def _note_death(self, request_id: str) -> None:
         try:
-            await self._database.write(futures.note_deaths, [request_id])
+            await self._database.write(operations.note_deaths, [request_id])
         except StorageError as error:
             # This process remembers it too; only the next one would have to learn it again.
             log.error("sample.death_not_stored", request_id=request_id, error=str(error))

@@ -13,6 +13,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from training.backends.base import LoraSpec
 
 Row = Mapping[str, Any]
+MAX_PARAMETERS = 500
+"""Ids in one statement, at most."""
 
 
 def insert_new(connection: sa.Connection, table: sa.Table, values: Row) -> bool:

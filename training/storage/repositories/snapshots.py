@@ -7,7 +7,7 @@ from dataclasses import asdict
 import sqlalchemy as sa
 
 from training.core.records import Snapshot
-from training.storage.repositories import futures
+from training.storage.repositories import operations
 from training.storage.repositories.rows import Row, every
 from training.storage.tables import snapshots as table
 
@@ -19,7 +19,7 @@ def add(connection: sa.Connection, snapshot: Snapshot, kept: int) -> list[str] |
     None, and nothing stored, where it would cover an operation that has no outcome yet: what that
     would have been could not be told any more.
     """
-    if futures.has_pending_until(connection, snapshot.model_id, snapshot.seq):
+    if operations.has_pending_until(connection, snapshot.model_id, snapshot.seq):
         return None
     before = of_model(connection, snapshot.model_id)
     unused = [old.directory for old in before if old.seq == snapshot.seq]
@@ -32,7 +32,7 @@ def add(connection: sa.Connection, snapshot: Snapshot, kept: int) -> list[str] |
         forget(connection, old.model_id, old.seq)
     if len(held) >= kept:
         after = held[kept].seq if len(held) > kept else -1
-        futures.drop_covered_payloads(connection, snapshot.model_id, after, held[kept - 1].seq)
+        operations.drop_covered_payloads(connection, snapshot.model_id, after, held[kept - 1].seq)
     return unused
 
 
