@@ -138,7 +138,7 @@ async def test_a_server_on_a_full_disk_can_be_closed(tmp_path: Path) -> None:
 async def test_a_start_that_fails_leaves_no_engine_behind(tmp_path: Path) -> None:
     settings = config(tmp_path)
     async with running(settings) as server:
-        await server.database.write(lambda c: tables.sessions.drop(c))
+        await server.database.write(lambda c: tables.checkpoints.drop(c))
     failing = Server(settings)
     with pytest.raises(StorageError):
         await failing.start()

@@ -13,6 +13,7 @@ import pytest
 import sqlalchemy as sa
 from pydantic import BaseModel
 
+from training.backends.base import SampleRequest, SampleResult
 from training.config import (
     EngineConfig,
     ModelConfig,
@@ -20,7 +21,7 @@ from training.config import (
     StorageConfig,
     TrainingConfig,
 )
-from training.core.errors import Gone, InvalidRequest, NotFound
+from training.core.errors import Gone, InvalidRequest, NotFound, StorageError
 from training.core.ids import TinkerPath
 from training.core.records import FutureResult, FutureStatus, ModelStatus, SessionStatus
 from training.services.server import Server
@@ -354,6 +355,29 @@ async def test_directories_that_nothing_refers_to_are_removed_at_start(tmp_path:
         assert (await revived.sample(sampler, seq=5)).status is FutureStatus.DONE
 
 
+async def test_a_wrong_database_does_not_start_and_removes_nothing(tmp_path: Path) -> None:
+    """As when somebody forgets the URL of the right one."""
+    settings = config(tmp_path)
+    async with running(settings) as server:
+        client = await Client.connect(server)
+        await client.create()
+        await client.save("keep")
+        (kept,) = server.files.names()
+    fresh = f"sqlite:///{tmp_path / 'fresh.db'}"
+    storage = settings.storage.model_copy(update={"database_url": fresh})
+    elsewhere = storage.model_copy(update={"checkpoint_dir": str(tmp_path / "elsewhere")})
+    places = {tmp_path / "c": storage, settings.storage.resolved_snapshot_dir(): elsewhere}
+    for directory, wrong in places.items():
+        with pytest.raises(StorageError, match=f"{directory} holds .* another database"):
+            async with running(settings.model_copy(update={"storage": wrong})):
+                pass
+    async with running(settings) as server:
+        assert server.files.names() == {kept}
+        revived = Client(server, client.session_id)
+        revived.seq = client.seq
+        assert (await revived.train()).status is FutureStatus.DONE
+
+
 async def test_the_bytes_of_a_session_go_with_it(tmp_path: Path) -> None:
     settings = config(tmp_path)
     async with running(settings) as server:
@@ -368,6 +392,36 @@ async def test_the_bytes_of_a_session_go_with_it(tmp_path: Path) -> None:
         assert gone is not None
         assert (gone.status, gone.category.value) == (FutureStatus.FAILED, "user")
         assert "its session has ended" in gone.error
+        for table in (tables.payloads, tables.results):
+            assert await server.database.read(num_rows, table) == 0
+
+
+async def test_the_bytes_of_samples_that_outlast_their_session_go_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(config(tmp_path)) as server:
+        client = await Client.connect(server)
+        raw = CreateSamplingSessionRequest(
+            session_id=client.session_id, sampling_session_seq_id=0, base_model=MODEL
+        )
+        sampler = await server.sampling.create_session(ME, raw)
+        may_end = asyncio.Event()
+        sample = server.hosts.get(MODEL).backend.sample
+
+        async def slow(request: SampleRequest) -> SampleResult:
+            await may_end.wait()
+            return await sample(request)
+
+        monkeypatch.setattr(server.hosts.get(MODEL).backend, "sample", slow)
+        request = sample_request(sampler.sampling_session_id, 0, 4)
+        request_id, _ = await server.sampling.sample(ME, request, dumped(request))
+        await server.sessions.finish(ME, client.session_id, "success", None)
+        await server.janitor.tidy()
+        assert await server.database.read(num_rows, tables.payloads) == 1
+        may_end.set()
+        assert (await client.result(request_id)).status is FutureStatus.DONE
+        assert await server.database.read(num_rows, tables.results) == 1
+        await server.janitor.tidy()
         for table in (tables.payloads, tables.results):
             assert await server.database.read(num_rows, table) == 0
 

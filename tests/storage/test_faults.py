@@ -298,4 +298,5 @@ def test_a_kill_in_the_middle_of_a_commit_leaves_nothing_half(tmp_path: Path) ->
 def test_a_checkpoint_that_does_not_fit_on_the_disk_is_none(tmp_path: Path) -> None:
     out, _ = script(FULL_DISK, tmp_path / "checkpoints").communicate()
     assert out.startswith("cannot store checkpoint: ")
+    assert str(tmp_path) not in out, "a client reads it"
     assert out.endswith(" False set()\n")

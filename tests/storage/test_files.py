@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from training.core import ids
 from training.core.errors import DamagedFile, NotFound, StorageError
 from training.storage import lock
-from training.storage.files import CheckpointFiles
+from training.storage.files import OWNER, CheckpointFiles, Owner
 
 
 @pytest.fixture
@@ -88,3 +89,36 @@ def test_a_directory_belongs_to_one_server(
     files.close()
     other.prepare()
     other.close()
+
+
+def test_checkpoints_belong_to_one_database(files: CheckpointFiles) -> None:
+    files.claim(Owner("mine", is_new=True))
+    store(files, "one")
+    files.claim(Owner("mine", is_new=False))
+    for is_new in (True, False):
+        with pytest.raises(StorageError, match="It names mine, this one is other"):
+            files.claim(Owner("other", is_new))
+    assert files.names() == {"one"}
+
+
+def test_checkpoints_of_an_earlier_version_are_taken_over_by_who_may_know_them(
+    files: CheckpointFiles,
+) -> None:
+    (files.path("notes")).mkdir()
+    store(files, ids.new_directory())
+    with pytest.raises(StorageError, match="It names no database, this one is new"):
+        files.claim(Owner("new", is_new=True))
+    files.claim(Owner("old", is_new=False))
+    with pytest.raises(StorageError, match="It names old"):
+        files.claim(Owner("new", is_new=True))
+
+
+def test_what_is_no_checkpoint_is_in_nobodys_way(files: CheckpointFiles) -> None:
+    (files.path("notes")).mkdir()
+    files.claim(Owner("new", is_new=True))
+
+
+def test_an_owner_that_cannot_be_read_is_not_taken_for_none(files: CheckpointFiles) -> None:
+    files.path(OWNER).mkdir()
+    with pytest.raises(StorageError, match="cannot be read"):
+        files.claim(Owner("mine", is_new=False))

@@ -16,9 +16,10 @@ import pytest
 
 from tests.servers import REPOSITORY
 from tests.storage.object_store import BUCKET, ObjectStore
+from training.core import ids
 from training.core.errors import ConfigError, DamagedFile, NotFound, StorageError
 from training.storage import remote_files
-from training.storage.files import MANIFEST, CheckpointFiles
+from training.storage.files import MANIFEST, CheckpointFiles, Owner
 from training.storage.remote_files import RemoteFiles, open_files
 
 FILE = "adapter_model.safetensors"
@@ -159,21 +160,24 @@ def test_an_upload_that_was_cut_off_is_removed_at_the_next_start(
     (staged / FILE).write_bytes(b"weights")
     (tmp_path / "cache" / ".uploads" / "half").touch()
     bucket[f"half/{FILE}"] = b"weights"
-    bucket[f"of-another-server/{FILE}"] = b"weights"
+    of_another_server = ids.new_directory()
+    bucket[f"{of_another_server}/{FILE}"] = b"weights"
+    bucket["not-of-a-server/notes.txt"] = b"hello"
     assert files.names() == {"whole"}, "not seen before it is complete"
     files.close()
 
     again = opened(url, tmp_path / "cache")
     assert again.names() == {"whole"}
     assert f"half/{FILE}" not in bucket
-    assert f"of-another-server/{FILE}" in bucket, "it may still be uploading"
+    assert f"{of_another_server}/{FILE}" in bucket, "it may still be uploading"
     assert not staged.exists()
     assert list((tmp_path / "cache" / ".uploads").iterdir()) == []
     again.close()
 
     monkeypatch.setattr(remote_files, "SPARED_S", -60.0)
     again = opened(url, tmp_path / "cache")
-    assert set(bucket) == {f"whole/{FILE}", "whole/adapter_config.json", f"whole/{MANIFEST}"}
+    whole = {f"whole/{FILE}", "whole/adapter_config.json", f"whole/{MANIFEST}"}
+    assert set(bucket) == whole | {"not-of-a-server/notes.txt"}
     again.close()
 
 
@@ -275,6 +279,21 @@ def test_a_missing_library_is_named_with_its_extra(scheme: str, library: str) ->
     last = ran.stderr.splitlines()[-1]
     assert "ConfigError" in last
     assert f"pip install 'tinkercloud[{scheme}]'" in last
+
+
+def test_another_database_is_refused(
+    files: RemoteFiles, elsewhere: RemoteFiles, bucket: Any
+) -> None:
+    store(files, ids.new_directory())
+    with pytest.raises(StorageError, match="another database"):
+        files.claim(Owner("new", is_new=True))
+    files.claim(Owner("mine", is_new=False))
+    before = dict(bucket)
+    with pytest.raises(StorageError, match="It names mine, this one is other"):
+        elsewhere.claim(Owner("other", is_new=False))
+    assert dict(bucket) == before
+    elsewhere.claim(Owner("mine", is_new=False))
+    assert len(files.names()) == 1
 
 
 def test_a_path_is_a_directory(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Reclaims what nobody needs any more: results that were fetched a while ago."""
+"""Reclaims what nobody needs any more: results that were fetched a while ago, and all bytes of
+sessions that have ended."""
 
 from __future__ import annotations
 
@@ -25,6 +26,8 @@ class Janitor:
         self._database = database
         self._promises = promises
         self._kept = timedelta(seconds=results_kept_s)
+        self._ended: set[str] = set()
+        """Sessions some of whose samples still run."""
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -43,9 +46,17 @@ class Janitor:
     async def tidy(self) -> None:
         """One round."""
         await self._note_delivered()
+        for session_id in tuple(self._ended):
+            await self.session_ended(session_id)
         before = utcnow() - self._kept
         while await self._database.write(futures.drop_delivered, before, _BATCH) == _BATCH:
             pass
+
+    async def session_ended(self, session_id: str) -> None:
+        """Deletes its bytes now, and those of what still runs once it is settled."""
+        self._ended.add(session_id)
+        if not await self._database.write(futures.drop_bytes, session_id):
+            self._ended.discard(session_id)
 
     async def _run(self) -> None:
         while True:

@@ -17,7 +17,8 @@ from training.core.records import Snapshot, utcnow
 from training.core.threads import in_thread
 from training.services.loaded import LoadedModel
 from training.storage.database import Connection, Database
-from training.storage.files import MANIFEST, CheckpointFiles
+from training.storage.directories import reason
+from training.storage.files import MANIFEST, CheckpointFiles, Owner
 from training.storage.repositories import snapshots
 
 log = structlog.get_logger(__name__)
@@ -131,9 +132,10 @@ class ModelSnapshots:
             except StorageError as error:
                 log.warning("snapshot.not_deleted", directory=directory, error=str(error))
 
-    async def prepare(self) -> None:
+    async def prepare(self, owner: Owner) -> None:
         """Removes what an earlier process left unfinished."""
         await in_thread(self._files.prepare)
+        await in_thread(self._files.claim, owner)
         used = await self._database.read(snapshots.directories)
         unused = await in_thread(self._files.names) - used
         await self.delete(filter(ids.is_directory, unused))
@@ -164,4 +166,4 @@ def _link_files(source: Path, target: Path) -> None:
             except OSError:
                 shutil.copyfile(path, target / path.name)
     except OSError as error:
-        raise StorageError(f"cannot keep the files of a checkpoint: {error}") from error
+        raise StorageError(f"cannot keep the files of a checkpoint: {reason(error)}") from error

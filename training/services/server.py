@@ -35,7 +35,13 @@ from training.services.training import (
 from training.storage.database import Database
 from training.storage.files import CheckpointFiles
 from training.storage.remote_files import open_files
-from training.storage.repositories import checkpoints, futures, sampling_sessions
+from training.storage.repositories import (
+    checkpoints,
+    futures,
+    identity,
+    operations,
+    sampling_sessions,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -100,8 +106,10 @@ class Server:
         self._running.callback(self._requests.close)
         self._running.callback(self.files.close)
         await in_thread(self.files.prepare)
+        owner = await self.database.write(identity.get_or_create)
+        await in_thread(self.files.claim, owner)
         self._running.callback(self.snapshots.close)
-        await self.snapshots.prepare()
+        await self.snapshots.prepare(owner)
         self.hosts = await start_hosts(self.config, self.files, self.keeper)
         on_close(self.hosts.close)
         self._running.callback(self.promises.close)
@@ -176,7 +184,7 @@ class Server:
         guilty = self._requests.start()
         if guilty:
             log.warning("server.ran_out_of_memory", request_ids=guilty)
-            await self.database.write(futures.note_deaths, guilty)
+            await self.database.write(operations.note_deaths, guilty)
 
     async def _finish_ended_sessions(self) -> None:
         """Of those that ended in the moment in which the server did."""
@@ -203,4 +211,4 @@ class Server:
     async def _session_ended(self, session_id: str, reason: str) -> None:
         await self.models.unload_session(session_id, reason)
         await self.sampling.release_session(session_id)
-        await self.database.write(futures.drop_bytes, session_id)
+        await self.janitor.session_ended(session_id)

@@ -1,4 +1,5 @@
-"""Directories that outlast a power cut: a new name is on the disk once what holds it is synced."""
+"""Directories and files that outlast a power cut: a new name is on the disk once what holds it is
+synced."""
 
 from __future__ import annotations
 
@@ -22,3 +23,17 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Whole or not at all. Raises ``OSError``."""
+    aside = path.with_name(f"{path.name}.new")
+    aside.write_bytes(content)
+    sync(aside)
+    os.replace(aside, path)
+    sync(path.parent)
+
+
+def reason(error: OSError) -> str:
+    """Without the path: a client reads it."""
+    return error.strerror or type(error).__name__

@@ -13,15 +13,25 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
+from training.core import ids
 from training.core.errors import DamagedFile, NotFound, StorageError
-from training.storage.directories import make_directory, sync
+from training.storage.directories import make_directory, reason, sync, write_durably
 from training.storage.lock import FileLock
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
+OWNER = ".owner"
 _STAGING = ".staging"
 _BLOCK_BYTES = 1 << 20
+
+
+class Owner(NamedTuple):
+    """A database that knows of checkpoints; ``is_new``: it never held anything."""
+
+    database_id: str
+    is_new: bool
 
 
 class CheckpointFiles:
@@ -30,6 +40,7 @@ class CheckpointFiles:
     def __init__(self, root: Path) -> None:
         self._root = root.absolute()
         self._lock = FileLock(self._root / LOCK)
+        self.location = str(self._root)
 
     def prepare(self) -> None:
         """Takes the root for this server alone and clears what unfinished writes left behind."""
@@ -38,6 +49,40 @@ class CheckpointFiles:
             self._lock.acquire()
             shutil.rmtree(self._root / _STAGING, ignore_errors=True)
             make_directory(self._root / _STAGING)
+        except OSError as error:
+            raise StorageError(f"checkpoint directory {self._root}: {error}") from error
+
+    def claim(self, owner: Owner) -> None:
+        """Notes whose checkpoints these are. What a database does not know of is removed as left
+        over; another one's must never be taken for that.
+
+        Raises ``StorageError`` for those of another database, and for checkpoints that an earlier
+        version left unmarked where ``owner`` is too new to know of them.
+        """
+        holder = self._read_owner()
+        is_unknown = owner.is_new and any(map(ids.is_directory, self.names()))
+        if holder is None and not is_unknown:
+            self._write_owner(owner.database_id)
+            holder = self._read_owner()
+        if holder != owner.database_id:
+            raise StorageError(
+                f"{self.location} holds checkpoints that belong to another database: check "
+                "storage.database_url and storage.metadata_dir, or give this server a place of "
+                f"its own for them. Nothing was changed. (It names {holder or 'no database'}, "
+                f"this one is {owner.database_id}.)"
+            )
+
+    def _read_owner(self) -> str | None:
+        try:
+            return (self._root / OWNER).read_text().strip()
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise StorageError(f"{self._root / OWNER} cannot be read: {error}") from error
+
+    def _write_owner(self, database_id: str) -> None:
+        try:
+            write_durably(self._root / OWNER, f"{database_id}\n".encode())
         except OSError as error:
             raise StorageError(f"checkpoint directory {self._root}: {error}") from error
 
@@ -50,7 +95,7 @@ class CheckpointFiles:
         try:
             directory.mkdir()
         except OSError as error:
-            raise StorageError(f"cannot write checkpoints: {error}") from error
+            raise StorageError(f"cannot write checkpoints: {reason(error)}") from error
         return directory
 
     def commit(self, staged: Path, name: str) -> int:
@@ -63,7 +108,7 @@ class CheckpointFiles:
             sync(self._root)
         except OSError as error:
             self.discard(staged)
-            raise StorageError(f"cannot store checkpoint: {error}") from error
+            raise StorageError(f"cannot store checkpoint: {reason(error)}") from error
         return size_bytes
 
     def discard(self, staged: Path) -> None:
@@ -98,7 +143,7 @@ class CheckpointFiles:
         except FileNotFoundError:
             raise NotFound("the checkpoint's files are gone from the server's disk") from None
         except OSError as error:
-            raise DamagedFile(f"checkpoint manifest cannot be read: {error}") from error
+            raise DamagedFile(f"checkpoint manifest cannot be read: {reason(error)}") from error
         for file_name, entry in read_manifest(manifest).items():
             compare(directory / file_name, entry)
         return directory
@@ -112,7 +157,7 @@ class CheckpointFiles:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise StorageError(f"cannot delete checkpoint: {error}") from error
+            raise StorageError(f"cannot delete checkpoint: {reason(error)}") from error
         shutil.rmtree(doomed, ignore_errors=True)
 
     def names(self) -> set[str]:
@@ -146,7 +191,7 @@ def compare(path: Path, entry: Entry) -> None:
     try:
         found = _describe(path, sync=False)
     except OSError as error:
-        raise DamagedFile(f"checkpoint file {path.name} cannot be read: {error}") from error
+        raise DamagedFile(f"checkpoint file {path.name} cannot be read: {reason(error)}") from error
     if found != entry:
         raise DamagedFile(f"checkpoint file {path.name} is damaged: checksum differs")
 

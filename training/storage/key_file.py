@@ -11,6 +11,7 @@ from pathlib import Path
 import structlog
 
 from training.core.errors import StorageError
+from training.storage.directories import make_directory, sync
 
 log = structlog.get_logger(__name__)
 
@@ -19,7 +20,7 @@ def load_or_create_key(path: Path, num_bytes: int) -> bytes:
     """Of several processes that start at once, all get the same key. Raises ``StorageError``."""
     try:
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(path.parent)
             _create(path, secrets.token_bytes(num_bytes))
         key = path.read_bytes()
         mode = stat.S_IMODE(path.stat().st_mode)
@@ -45,8 +46,4 @@ def _create(path: Path, key: bytes) -> None:
             os.link(aside, path)
     finally:
         aside.unlink()
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync(path.parent)

@@ -20,6 +20,7 @@ from typing import Any
 import fsspec  # type: ignore[import-untyped]
 import structlog
 
+from training.core import ids
 from training.core.errors import (
     ConfigError,
     DamagedFile,
@@ -29,6 +30,7 @@ from training.core.errors import (
 )
 from training.storage.files import (
     MANIFEST,
+    OWNER,
     CheckpointFiles,
     compare,
     read_manifest,
@@ -58,6 +60,7 @@ class RemoteFiles(CheckpointFiles):
 
     def __init__(self, url: str, cache: Path, cache_bytes: int) -> None:
         super().__init__(cache)
+        self.location = url
         self._remote, self._prefix = _filesystem(url)
         self._cache_bytes = cache_bytes
         self._guard = threading.Lock()
@@ -77,6 +80,17 @@ class RemoteFiles(CheckpointFiles):
                     self._remove(note.name)
                 note.unlink()
         self._clean()
+
+    def _read_owner(self) -> str | None:
+        with _errors("cannot read whose checkpoints these are"):
+            try:
+                return str(self._remote.cat_file(f"{self._prefix}/{OWNER}").decode().strip())
+            except FileNotFoundError:
+                return None
+
+    def _write_owner(self, database_id: str) -> None:
+        with _errors("cannot note whose checkpoints these are"):
+            self._remote.pipe_file(f"{self._prefix}/{OWNER}", f"{database_id}\n".encode())
 
     def commit(self, staged: Path, name: str) -> int:
         """Uploads the files, and the manifest when they are all there."""
@@ -197,7 +211,7 @@ class RemoteFiles(CheckpointFiles):
         self._cleaned_s = time.time()
         with _errors("cannot clean the checkpoint storage"):
             for name, files in self._listing().items():
-                if MANIFEST in files:
+                if MANIFEST in files or not ids.is_directory(name):
                     continue
                 newest_s = max(
                     self._remote.modified(f"{self._prefix}/{name}/{file}").timestamp()

@@ -176,3 +176,10 @@ checkpoints = sa.Table(
     sa.Index(None, "owner", "created_at"),
     sa.Index(None, "expires_at"),
 )
+
+identity = sa.Table(
+    "identity",
+    metadata,
+    sa.Column("database_id", sa.String(40), primary_key=True),
+)
+"""One row."""
