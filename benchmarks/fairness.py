@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import re
 import statistics
 import subprocess
 import sys
@@ -37,6 +38,7 @@ DEPTH = 4
 PROMPT_TOKENS, NEW_TOKENS = 16, 16
 RANK = 8
 VOCABULARY = 500
+_TOKENS = re.compile(r"^tinkercloud_trained_tokens_total\{.*\} (\S+)$", re.MULTILINE)
 
 
 class Tenant:
@@ -105,6 +107,9 @@ class Tenant:
             "sampling_params": {"max_tokens": NEW_TOKENS, "seed": seed, "stop": []},
         }
         await self._result(await self._promise("/asample", body))
+
+    async def metrics(self) -> bytes:
+        return (await self._http.get("/metrics", prefix="")).body
 
     # ----------------------------------------------------------------- as a neighbour
 
@@ -199,6 +204,12 @@ class Neighbour:
         self._child.stdin.flush()
 
 
+async def trained_tokens(tenant: Tenant) -> float:
+    """Of all tenants, since the server started."""
+    text = (await tenant.metrics()).decode()
+    return sum(map(float, _TOKENS.findall(text)))
+
+
 async def timed(tenant: Tenant, what: str, window_s: float, done: list[int]) -> list[float]:
     """Seconds of each step or sample, for about ``window_s``; three at least."""
     taken: list[float] = []
@@ -241,24 +252,30 @@ async def measure(options: argparse.Namespace) -> None:
         await tenant.open(1)
         done = [0]
         taken: dict[tuple[str, str], list[float]] = {}
+        tokens: dict[str, list[float]] = {}
         for _ in range(options.rounds):
             for who, other in neighbours.items():
                 if other is not None:
                     other.go(True)
                     await asyncio.sleep(options.settle_s)
                 for what in ("step", "sample"):
+                    before = await trained_tokens(tenant)
                     found = await timed(tenant, what, options.window_s, done)
                     taken.setdefault((what, who), []).extend(found)
+                    if what == "step":
+                        trained = await trained_tokens(tenant) - before
+                        tokens.setdefault(who, []).append(trained / len(found))
                 if other is not None:
                     other.go(False)
                     await asyncio.sleep(options.rest_s)
-    print("| ms: median (longest) | step | sample |\n|---|---|---|")
+    print("| ms: median (longest) | step | tokens trained in it, of all | sample |")
+    print("|---|---|---|---|")
     for who in neighbours:
         cells = [
             f"{1000 * statistics.median(each):.0f} ({1000 * max(each):.0f})"
             for each in (taken["step", who], taken["sample", who])
         ]
-        print(f"| {who} | {' | '.join(cells)} |")
+        print(f"| {who} | {cells[0]} | {statistics.mean(tokens[who]):.0f} | {cells[1]} |")
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.core.builders import operation, optim_work, train_work
-from training.core.fairness import ACTIVE_S, FairShares
+from training.core.fairness import ACTIVE_S, MIN_TURN_TOKENS, FairShares
 from training.core.model_queue import ModelQueue
 from training.core.operations import CallWork, Finish, Operation, Work
 from training.core.planner import Plan, cost_tokens, plan_next
@@ -54,7 +54,7 @@ class Trainer:
 
     def turn(self) -> Plan | None:
         ready = [run for queue in self.queues.values() if (run := queue.run_of_ready())]
-        standing = self.shares.standing((run[0].owner for run in ready), self.now_s)
+        standing = self.shares.standing(ready, self.now_s)
         plan = plan_next(ready, UNIT_TOKENS, standing)
         if plan is None:
             return None
@@ -62,7 +62,7 @@ class Trainer:
             self.queues[item.model_id].pop(item)
             self.tokens[item.owner] += cost_tokens(item)
         self.ran += plan.operations
-        self.shares.took(plan.operations, self.now_s)
+        self.shares.took(plan.operations)
         self.now_s += 1.0
         return plan
 
@@ -183,10 +183,31 @@ def test_calls_count_too() -> None:
     assert abs(trainer.tokens["saver"] - trainer.tokens["trains"]) <= 1024
 
 
+def test_a_small_batch_waits_for_a_small_one_and_a_large_one_for_a_large_one() -> None:
+    shares = FairShares(2000)
+    greedy = [operation("g", seq, work=train_work(400), owner="greedy") for seq in range(1, 20)]
+
+    def turn_beside(tokens: int) -> float:
+        small = [operation("s", work=train_work(tokens), owner="small")]
+        turn_tokens = shares.standing([greedy, small], 0.0).turn_tokens
+        # As long as it may come back, and does not, nothing changes; nor for its steps.
+        assert shares.standing([greedy], ACTIVE_S / 2).turn_tokens == turn_tokens
+        step = [operation("s", kind=FutureKind.OPTIM_STEP, work=optim_work(), owner="small")]
+        assert shares.standing([greedy, step], ACTIVE_S / 2).turn_tokens == turn_tokens
+        return turn_tokens
+
+    assert turn_beside(1500) == 1500
+    assert turn_beside(10) == MIN_TURN_TOKENS
+    assert turn_beside(600) == 600
+    assert turn_beside(5000) == 2000
+    assert shares.standing([greedy], 2 * ACTIVE_S).turn_tokens == math.inf
+
+
 def test_owners_that_are_gone_are_forgotten() -> None:
     shares = FairShares(TURN_TOKENS)
     for number in range(1000):
         item = operation(owner=f"o{number}", work=train_work(50))
-        shares.took([item], now_s=number * ACTIVE_S)
-    assert shares.standing(["o999"], 1001 * ACTIVE_S).turn_tokens == math.inf
-    assert len(shares._owners) <= 2
+        standing = shares.standing([[item]], number * ACTIVE_S)
+        assert standing.turn_tokens == math.inf
+        assert len(standing.clocks) == 1
+        shares.took([item])

@@ -30,10 +30,18 @@ def running(group: Group, order: int, missing: SequenceOf[int]) -> list[Sequence
     return job.sequences
 
 
-@given(missing=st.lists(st.integers(1, 300), min_size=1, max_size=12), budget=st.integers(1, 200))
-def test_every_step_decodes_all_and_fills_the_budget(missing: list[int], budget: int) -> None:
+@given(
+    missing=st.lists(st.integers(1, 300), min_size=1, max_size=12),
+    budget=st.integers(1, 200),
+    num_tenants=st.integers(1, 12),
+)
+def test_every_step_decodes_all_and_fills_the_budget(
+    missing: list[int], budget: int, num_tenants: int
+) -> None:
+    tenants = [Tenant() for _ in range(num_tenants)]
     sequences = [
-        running(Group(Tenant(), order % 3), order, [num])[0] for order, num in enumerate(missing)
+        running(Group(tenants[order % num_tenants], order % 3), order, [num])[0]
+        for order, num in enumerate(missing)
     ]
     works = plan_step(sequences, budget)
     rows = {work.sequence.order[0]: work.num_rows for work in works}
@@ -44,6 +52,15 @@ def test_every_step_decodes_all_and_fills_the_budget(missing: list[int], budget:
     assert sum(rows.get(order, 0) for order in prompts) == min(budget, wanted)
     if prompts:
         assert rows[prompts[0]] >= min(missing[prompts[0]], -(-budget // 2))
+    got = dict.fromkeys(tenants, 0)
+    for order in prompts:
+        got[tenants[order % num_tenants]] += rows.get(order, 0)
+    short_of_rows = {
+        tenants[order % num_tenants] for order in prompts if rows.get(order, 0) < missing[order]
+    }
+    for tenant, num in got.items():
+        if prompts and tenant is not sequences[prompts[0]].tenant:
+            assert all(got[other] + 1 >= num for other in short_of_rows), "nobody has more"
     versions = [work.sequence.version for work in works]
     assert versions == sorted(versions)
 
@@ -61,7 +78,31 @@ def test_every_step_decodes_all_and_fills_the_budget(missing: list[int], budget:
 def test_half_for_the_oldest_the_rest_for_the_shortest(
     missing: tuple[int, ...], rows: dict[int, int]
 ) -> None:
-    sequences = [running(Group(Tenant(), 0), order, [num])[0] for order, num in enumerate(missing)]
+    group = Group(Tenant(), 0)
+    sequences = [running(group, order, [num])[0] for order, num in enumerate(missing)]
+    works = plan_step(sequences, 64)
+    assert {work.sequence.order[0]: work.num_rows for work in works} == rows
+
+
+@pytest.mark.parametrize(
+    ("missing", "rows"),
+    [
+        (("a100", "b100"), {0: 32, 1: 32}),
+        (("a100", "b100", "c100"), {0: 32, 1: 16, 2: 16}),
+        (("a100", "b10", "c100"), {0: 32, 1: 10, 2: 22}),
+        (("a8", "a8", "a8", "a100", "b100"), {0: 8, 1: 8, 2: 8, 3: 8, 4: 32}),
+        (("a100", "b9", "b9", "b9", "b9", "c30"), {0: 32, 1: 9, 2: 7, 5: 16}),
+        (("a100", "b1", "b1", "b40"), {0: 32, 1: 1, 2: 1, 3: 32}),
+    ],
+)
+def test_tenants_share_the_rows_of_prompts_equally(
+    missing: tuple[str, ...], rows: dict[int, int]
+) -> None:
+    """However many prompts each has, and however short they are."""
+    groups = {tenant: Group(Tenant(), 0) for tenant in "abc"}
+    sequences = [
+        running(groups[each[0]], order, [int(each[1:])])[0] for order, each in enumerate(missing)
+    ]
     works = plan_step(sequences, 64)
     assert {work.sequence.order[0]: work.num_rows for work in works} == rows
 

@@ -199,9 +199,9 @@ class EngineConfig(Section):
 class SchedulerConfig(Section):
     unit_tokens: int = Field(16384, gt=0)
     """Token budget of one engine unit; a single larger operation runs alone."""
-    turn_tokens: int = Field(1024, gt=0)
-    """How far one key's models may get ahead of another's within a unit while both train: what one
-    waits for the other."""
+    turn_tokens: int = Field(2048, gt=0)
+    """How far one key's models may get ahead of another's within a unit while both train, at most:
+    usually no further than the one with the smallest batches needs itself."""
     gap_timeout_s: float = Field(60.0, gt=0)
     """How long later operations of a model wait for a missing seq_id."""
     max_pending_per_model: int = Field(4096, gt=0)

@@ -7,15 +7,16 @@ up turns by staying away. Pure bookkeeping, told the time.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from training.core.operations import Operation
-from training.core.planner import Standing, cost_tokens
+from training.core.planner import Run, Standing, cost_tokens
 
 ACTIVE_S = 30.0
 """An owner is about to come back for this long: others go on in small units until then."""
+MIN_TURN_TOKENS = 512
+"""However little somebody wants at a time: passes of fewer tokens are slow."""
 
 
 @dataclass
@@ -24,46 +25,53 @@ class _Owner:
 
     clock: float
     seen_s: float
+    wants_tokens: int
+    """What it had to compute when it last had something, at most a largest turn."""
 
 
 class FairShares:
-    """``turn_tokens``: how far one owner may get ahead of another within a unit, and so how long
-    the other waits for its turn."""
+    """A unit cannot be interrupted, so none gets further ahead in one than the owner who wants
+    least has to compute itself: a small batch waits for a small one. ``turn_tokens`` at most."""
 
     def __init__(self, turn_tokens: int) -> None:
         self._turn_tokens = turn_tokens
         self._owners: dict[str, _Owner] = {}
         self._clock = 0.0
 
-    def standing(self, ready: Iterable[str], now_s: float) -> Standing:
-        """``ready``: owners of what may run now."""
-        present = set(ready)
-        for owner in present & self._owners.keys():
-            self._owners[owner].seen_s = now_s
-        clocks = {owner: self._start(owner) for owner in present}
-        active = {owner for owner, known in self._owners.items() if _is_active(known, now_s)}
-        is_shared = len(present | active) > 1
-        return Standing(clocks, self._turn_tokens if is_shared else math.inf)
+    def standing(self, ready: Sequence[Run], now_s: float) -> Standing:
+        for owner, wants_tokens in self._wants(ready).items():
+            known = self._owners.setdefault(owner, _Owner(self._clock, now_s, wants_tokens))
+            known.clock = max(known.clock, self._clock)
+            known.seen_s = now_s
+            known.wants_tokens = wants_tokens or known.wants_tokens
+        self._owners = {
+            owner: known for owner, known in self._owners.items() if now_s - known.seen_s < ACTIVE_S
+        }
+        clocks = {owner: known.clock for owner, known in self._owners.items()}
+        if len(self._owners) <= 1:
+            return Standing(clocks)
+        wanted = [known.wants_tokens for known in self._owners.values() if known.wants_tokens]
+        least = max(min(wanted, default=0), MIN_TURN_TOKENS)
+        return Standing(clocks, min(least, self._turn_tokens))
 
-    def took(self, operations: Iterable[Operation], now_s: float) -> None:
-        """A plan of these begins."""
+    def took(self, operations: Iterable[Operation]) -> None:
+        """A plan of these begins, which was made with the last standing."""
         costs: dict[str, int] = {}
         for operation in operations:
             costs[operation.owner] = costs.get(operation.owner, 0) + cost_tokens(operation)
-        starts = {owner: self._start(owner) for owner in costs}
-        if not any(costs.values()):
-            return
-        self._clock = min(starts.values())
+        if any(costs.values()):
+            self._clock = min(self._owners[owner].clock for owner in costs)
         for owner, cost in costs.items():
-            self._owners[owner] = _Owner(starts[owner] + cost, now_s)
-        self._owners = {
-            owner: known for owner, known in self._owners.items() if _is_active(known, now_s)
-        }
+            self._owners[owner].clock += cost
 
-    def _start(self, owner: str) -> float:
-        known = self._owners.get(owner)
-        return self._clock if known is None else max(known.clock, self._clock)
-
-
-def _is_active(known: _Owner, now_s: float) -> bool:
-    return now_s - known.seen_s < ACTIVE_S
+    def _wants(self, ready: Sequence[Run]) -> dict[str, int]:
+        """Tokens, by owner; 0 where there are only steps and calls."""
+        wants: dict[str, int] = {}
+        for run in ready:
+            tokens = wants.get(run[0].owner, 0)
+            for operation in run:
+                if tokens >= self._turn_tokens:
+                    break
+                tokens += operation.num_tokens
+            wants[run[0].owner] = min(tokens, self._turn_tokens)
+        return wants

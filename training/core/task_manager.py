@@ -44,7 +44,7 @@ log = structlog.get_logger(__name__)
 @dataclass(frozen=True)
 class TaskPolicy:
     unit_tokens: int = 16384
-    turn_tokens: int = 1024
+    turn_tokens: int = 2048
     gap_timeout_s: float = 60.0
     max_pending_per_model: int = 4096
     snapshots: SnapshotPolicy = field(default_factory=SnapshotPolicy)
@@ -221,7 +221,7 @@ class TaskManager:
                 await self._save(save)
                 continue
             ready = [run for queue in self._queues.active() if (run := self._ready(queue))]
-            standing = self._shares.standing((run[0].owner for run in ready), now_s)
+            standing = self._shares.standing(ready, now_s)
             plan = plan_next(ready, self._policy.unit_tokens, standing)
             if plan is None:
                 await self._sleep(save)
@@ -235,7 +235,7 @@ class TaskManager:
                 queue = self._queues.get(operation.model_id)
                 assert queue is not None
                 queue.pop(operation)
-            self._shares.took(plan.operations, time.monotonic())
+            self._shares.took(plan.operations)
             if plan.kind is PlanKind.CALL:
                 self._start_call(plan.operations[0])
             else:

@@ -3,11 +3,12 @@ sequences."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
-from training.engine.sampler_state import Sequence
+from training.engine.sampler_state import Sequence, Tenant
 
 
 class Work(NamedTuple):
@@ -19,8 +20,9 @@ class Work(NamedTuple):
 
 def plan_step(running: Iterable[Sequence], prefill_rows: int) -> list[Work]:
     """Every sequence that misses one row gets it: decoding never waits for a prompt. The others
-    share ``prefill_rows``: the oldest may take half of them, so that it cannot starve; the rest
-    goes to those that miss fewest, so that a short prompt does not wait for a long one.
+    share ``prefill_rows``: the oldest may take half of them, so that it cannot starve. Tenants have
+    equal shares, that half included; each tenant's goes to those that miss fewest, so that a short
+    prompt does not wait for a long one.
 
     The result is packed for the model: sequences of one adapter side by side.
     """
@@ -41,15 +43,40 @@ def plan_step(running: Iterable[Sequence], prefill_rows: int) -> list[Work]:
 def _share_prefill(prompts: SequenceOf[Sequence], num_rows: int) -> list[Work]:
     oldest = min(prompts, key=lambda each: each.order)
     reserved = min(oldest.num_missing, -(-num_rows // 2))
-    num_rows -= reserved
+    left = _tenant_shares(prompts, num_rows, oldest.tenant, reserved)
+    left[oldest.tenant] -= reserved
     works: list[Work] = []
     for sequence in sorted(prompts, key=lambda each: (each.num_missing, each.order)):
         share = reserved if sequence is oldest else 0
-        more = min(sequence.num_missing - share, num_rows)
-        num_rows -= more
+        more = min(sequence.num_missing - share, left[sequence.tenant])
+        left[sequence.tenant] -= more
         if share + more:
             works.append(Work(sequence, share + more))
     return works
+
+
+def _tenant_shares(
+    prompts: SequenceOf[Sequence], num_rows: int, first: Tenant, reserved: int
+) -> dict[Tenant, int]:
+    """Rows of each tenant; ``first`` has no fewer than ``reserved``."""
+    missing: Counter[Tenant] = Counter()
+    for sequence in prompts:
+        missing[sequence.tenant] += sequence.num_missing
+    shares = _even_shares(missing, num_rows)
+    if shares[first] < reserved:
+        del missing[first]
+        shares = {first: reserved} | _even_shares(missing, num_rows - reserved)
+    return shares
+
+
+def _even_shares(wanted: Mapping[Tenant, int], num_rows: int) -> dict[Tenant, int]:
+    """Equal ones; what somebody does not want goes to the others."""
+    shares = {}
+    for num_before, tenant in enumerate(sorted(wanted, key=lambda each: wanted[each])):
+        share = min(wanted[tenant], num_rows // (len(wanted) - num_before))
+        shares[tenant] = share
+        num_rows -= share
+    return shares
 
 
 def _packing(work: Work) -> tuple[int, bool, tuple[int, int]]:
