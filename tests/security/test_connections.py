@@ -157,7 +157,10 @@ def test_a_client_that_does_not_read_its_answer_is_let_go(address: tuple[str, in
     assert time.monotonic() < deadline, "the answers were held for ever"
     for client in clients:
         client.close()
-    assert psutil.Process().memory_info().rss - before < 3 * BIG_BYTES
+    # The loop drops what it held in the turn after the connection's end.
+    while process.memory_info().rss - before >= 3 * BIG_BYTES and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert process.memory_info().rss - before < 3 * BIG_BYTES
     still_serves(address)
 
 

@@ -50,11 +50,7 @@ PATHS = (
 )
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("with_key", [True, False])
-def test_every_answer_has_them(fake_server: Server, path: str, with_key: bool) -> None:
-    headers = {"X-API-Key": fake_server.api_key} if with_key else {}
-    answer = httpx.get(fake_server.base_url + path, headers=headers)
+def check_headers(answer: httpx.Response) -> None:
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert answer.headers["referrer-policy"] == "no-referrer"
     assert answer.headers["x-frame-options"] == "DENY"
@@ -62,7 +58,37 @@ def test_every_answer_has_them(fake_server: Server, path: str, with_key: bool) -
     assert re.match(r"default-src '(none|self)'", answer.headers["content-security-policy"])
     assert "server" not in answer.headers
     assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("with_key", [True, False])
+def test_every_answer_has_them(fake_server: Server, path: str, with_key: bool) -> None:
+    headers = {"X-API-Key": fake_server.api_key} if with_key else {}
+    answer = httpx.get(fake_server.base_url + path, headers=headers)
+    check_headers(answer)
     assert (answer.headers.get("cache-control") == "no-store") == path.startswith("/api/")
+
+
+def test_heartbeats_have_them(fake_server: Server) -> None:
+    """Those of live sessions are answered before any middleware."""
+    url = fake_server.base_url + "/api/v1/session_heartbeat"
+    headers = {"X-API-Key": fake_server.api_key}
+    with Raw(fake_server) as raw:
+        answer = httpx.post(url, json={"session_id": raw.new_session()}, headers=headers)
+    assert answer.status_code == 200
+    check_headers(answer)
+    assert answer.headers["cache-control"] == "no-store"
+
+
+def test_heartbeats_of_web_pages_are_answered_as_all_else(cors_server: Server) -> None:
+    url = cors_server.base_url + "/api/v1"
+    headers = {"X-API-Key": cors_server.api_key, "Origin": CONSOLE}
+    with httpx.Client(headers=headers) as client:
+        session = client.post(f"{url}/create_session", json={"tags": []}).json()
+        beat = {"session_id": session["session_id"]}
+        answer = client.post(f"{url}/session_heartbeat", json=beat)
+    assert answer.status_code == 200
+    assert answer.headers["access-control-allow-origin"] == CONSOLE
 
 
 def test_an_internal_error_has_them_too(tmp_path: Path) -> None:

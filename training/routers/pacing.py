@@ -17,6 +17,7 @@ from starlette.types import Message, Receive, Scope, Send
 from training.core.errors import Unauthenticated
 from training.core.turnstile import Turnstile
 from training.routers.common import API
+from training.routers.headers import DATA
 from training.services.server import Server
 from training.wire.responses import Heartbeat, dump_json
 
@@ -26,8 +27,11 @@ HEARTBEAT = f"{API}/session_heartbeat"
 AT_ONCE = frozenset({f"{API}/health", f"{API}/healthz", HEARTBEAT, "/metrics"})
 STRANGER = ""
 """Whoever has no key in its usual place; they share one line."""
+_NOT_PLAIN = {b"content-encoding", b"origin"}
+"""A body to be unpacked; a web page, whose origin is looked at and answered."""
 _BEATEN = dump_json(Heartbeat())
 _BEATEN_HEADERS = [
+    *DATA,
     (b"content-length", str(len(_BEATEN)).encode()),
     (b"content-type", b"application/json"),
 ]
@@ -63,7 +67,7 @@ def _has_beaten(server: Server, scope: Scope, message: Message) -> bool:
     if message["type"] != "http.request" or message.get("more_body"):
         return False
     owner = _owner(server, headers)
-    if owner is None or b"content-encoding" in headers:
+    if owner is None or not headers.keys().isdisjoint(_NOT_PLAIN):
         return False
     try:
         body = orjson.loads(message["body"])
