@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import signal
 from collections.abc import Callable
@@ -26,19 +27,29 @@ async def end(
     where: Callable[[frozenset[int]], object],
     by: signal.Signals = signal.SIGABRT,
 ) -> frozenset[int]:
-    """Ends the engine at work on calls of which ``where`` is true; returns them. It is stopped to
-    be looked at, so that it ends where it was seen."""
+    """Ends the engine at work on calls of which ``where`` is true; returns them.
+
+    It is stopped to be looked at, so that it ends where it was seen; and as in a real crash the
+    signal is for the thread that computes. Any other thread would take its time over telling of the
+    signal while that one went on.
+    """
     pid = child_of(backend).pid
     while True:
         os.kill(pid, signal.SIGSTOP)
         while state_of(pid) != "T":  # noqa: ASYNC110  it is only seen from outside
             await asyncio.sleep(0.001)
         if where(calls := at_work(backend)):
-            os.kill(pid, by)
+            _signal_main_thread(pid, by)
             os.kill(pid, signal.SIGCONT)
             return calls
         os.kill(pid, signal.SIGCONT)
         await asyncio.sleep(0.005)
+
+
+def _signal_main_thread(pid: int, by: signal.Signals) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.tgkill(pid, pid, by) != 0:
+        raise OSError(ctypes.get_errno(), f"cannot signal the main thread of {pid}")
 
 
 def state_of(pid: int) -> str:

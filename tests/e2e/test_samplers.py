@@ -29,7 +29,7 @@ from tests.e2e.clients import (
     train,
     trainer_of,
 )
-from tests.servers import FAKE_MODEL, Server, running_server
+from tests.servers import FAKE_MODEL, Server, assert_client_ended, running_server
 
 DATA = [next_token([1, 9, 30, 4, 11])]
 
@@ -178,7 +178,7 @@ def test_a_sampler_handle_works_in_another_process(
         text=True,
         check=False,
     )
-    assert child.returncode == 0, child.stderr
+    assert_client_ended(child)
     assert [int(token) for token in child.stdout.split()] == tokens_of(sampler, SEEDED)
 
 

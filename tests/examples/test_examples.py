@@ -15,7 +15,7 @@ import pytest
 
 from examples import common
 from tests.e2e.clients import next_token, service_client, train, trainer_of
-from tests.servers import REPOSITORY, Server, running_server
+from tests.servers import REPOSITORY, Server, assert_client_ended, running_server
 from training.config import EMBEDDED_MODEL
 
 
@@ -38,7 +38,7 @@ def run(server: Server, name: str, *arguments: str) -> str:
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert_client_ended(done)
     return done.stdout
 
 

@@ -6,7 +6,6 @@ import asyncio
 import random
 import signal
 from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
 
 import pytest
 import sqlalchemy as sa
@@ -101,26 +100,32 @@ async def test_lost_connections_are_replaced_without_an_error(database: Database
 async def test_what_failed_is_not_there_and_what_succeeded_is_there_once(
     database: Database, url: str
 ) -> None:
-    """Connections are cut at random while bursts are written."""
+    """Connections are cut at random while every other burst is written."""
     draw = random.Random(4)
     done: set[int] = set()
 
-    async def write(number: int) -> None:
-        await asyncio.sleep(draw.random())
-        with suppress(StorageError):
+    async def burst(numbers: range) -> None:
+        async def write(number: int) -> None:
+            await asyncio.sleep(0.1 * draw.random())
             done.add(await database.write(add, number))
+
+        written = await asyncio.gather(*map(write, numbers), return_exceptions=True)
+        assert {type(error) for error in written if error is not None} <= {StorageError}
 
     async def cut() -> None:
         while True:
-            await asyncio.sleep(0.05 * draw.random())
+            await asyncio.sleep(0.03 * draw.random())
             await asyncio.to_thread(execute, url, TERMINATE)
 
-    cutting = asyncio.create_task(cut())
-    await asyncio.gather(*(write(number) for number in range(1000)))
-    cutting.cancel()
-    await asyncio.gather(cutting, return_exceptions=True)
+    for first in range(0, 1000, 100):
+        cutting = asyncio.create_task(cut())
+        await burst(range(first, first + 50))
+        cutting.cancel()
+        await asyncio.gather(cutting, return_exceptions=True)
+        undisturbed = range(first + 50, first + 100)
+        await burst(undisturbed)
+        assert done.issuperset(undisturbed)
     assert await database.read(logged) == sorted(done)
-    assert done
 
 
 async def test_a_server_that_restarts_is_found_again(
