@@ -23,14 +23,18 @@ CONFIG_FILE = "adapter_config.json"
 
 @contextlib.contextmanager
 def slow_disk(directory: Path) -> Iterator[None]:
-    """Who writes an adapter into ``directory`` stands still until the end, and then fails."""
+    """Who writes an adapter into ``directory`` stands still until the end, and then fails; so does
+    who gets that far only later."""
     directory.mkdir()
-    os.mkfifo(directory / CONFIG_FILE)
+    config_file = directory / CONFIG_FILE
+    os.mkfifo(config_file)
     try:
         yield
     finally:
-        reader = os.open(directory / CONFIG_FILE, os.O_RDONLY | os.O_NONBLOCK)
-        (directory / CONFIG_FILE).unlink()
+        reader = os.open(config_file, os.O_RDONLY | os.O_NONBLOCK)
+        full = directory / "full"
+        full.symlink_to("/dev/full")
+        full.replace(config_file)
         os.close(reader)
 
 
