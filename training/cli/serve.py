@@ -27,7 +27,7 @@ KEEP_ALIVE_S = 75
 """Longer than clients keep idle connections, so that the server is not the one to close them in
 the moment a request is sent."""
 SHUTDOWN_S = 30
-COLLECT_AFTER = (10_000, 5, 200)
+COLLECT_AFTER = (2_000, 5, 1_000)
 """New objects, collections of these, collections of those: Python's own are (700, 10, 10)."""
 
 
