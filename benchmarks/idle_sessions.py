@@ -71,6 +71,12 @@ async def idle(port: int, api_key: str, num: int) -> None:
     await asyncio.gather(*(beats(place) for place in range(num)))
 
 
+def processor_s(pid: int) -> float:
+    """Seconds that a process has computed for."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 class Busy:
     """A client whose steps are counted."""
 
@@ -124,6 +130,14 @@ def measure(options: argparse.Namespace) -> None:
         assert crowd.stdin is not None
         assert crowd.stdout is not None
         assert crowd.stdout.readline().strip() == "ready"
+        shares = []
+        for way in ("off", "on"):
+            crowd.stdin.write(way + "\n")
+            crowd.stdin.flush()
+            time.sleep(HEARTBEAT_S)
+            before_s = processor_s(server.process.pid)
+            time.sleep(2 * HEARTBEAT_S)
+            shares.append((processor_s(server.process.pid) - before_s) / (2 * HEARTBEAT_S))
         busy = Busy(server.base_url, server.api_key, name, options.tokens)
         stack.callback(busy.close)
         busy.step_s(options.window_s)
@@ -134,10 +148,14 @@ def measure(options: argparse.Namespace) -> None:
                 crowd.stdin.flush()
                 time.sleep(1.0)
                 taken[way].append(busy.step_s(options.window_s))
+        print(
+            f"{options.sessions} idle sessions take {100 * shares[1]:.1f} % of one processor, "
+            f"their connections alone {100 * shares[0]:.1f} %"
+        )
         alone_s, beside_s = statistics.median(taken["off"]), statistics.median(taken["on"])
         best = min(taken["off"]), min(taken["on"])
         print(
-            f"{options.sessions} idle sessions: a step of the busy one takes {1000 * beside_s:.1f} "
+            f"a step of the busy one takes {1000 * beside_s:.1f} "
             f"ms beside them, {1000 * alone_s:.1f} ms alone ({100 * (beside_s / alone_s - 1):+.1f} "
             f"%; best of each {100 * (best[1] / best[0] - 1):+.1f} %)"
         )

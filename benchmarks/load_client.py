@@ -32,7 +32,8 @@ STEPS_UNDER_WAY = 4
 SAMPLES_UNDER_WAY = 3
 NUM_COURSES = 8
 """Different trainings; clients with the same one get the same answers."""
-STEPS_PER_SAVE = 10
+STEPS_PER_SAVE = 4
+"""No fewer than are under way: the sample from a save has ended when the next one replaces it."""
 SENT_TWICE = 0.05
 ASKED_TWICE = 0.05
 GIVE_UP_S = 300.0

@@ -34,8 +34,8 @@ class Http:
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter, float]] = []
         """And since when; the one used last is used next."""
 
-    async def get(self, path: str) -> Answer:
-        return await self._call("GET", path, b"", JSON)
+    async def get(self, path: str, prefix: str = "/api/v1") -> Answer:
+        return await self._call("GET", path, b"", JSON, prefix)
 
     async def post(self, path: str, body: dict[str, Any]) -> Answer:
         return await self._call("POST", path, orjson.dumps(body), JSON)
@@ -43,9 +43,11 @@ class Http:
     async def post_bytes(self, path: str, body: bytes) -> Answer:
         return await self._call("POST", path, body, PROTOBUF)
 
-    async def _call(self, method: str, path: str, body: bytes, content_type: str) -> Answer:
+    async def _call(
+        self, method: str, path: str, body: bytes, content_type: str, prefix: str = "/api/v1"
+    ) -> Answer:
         head = (
-            f"{method} /api/v1{path} HTTP/1.1\r\nHost: 127.0.0.1\r\nX-API-Key: {self._key}\r\n"
+            f"{method} {prefix}{path} HTTP/1.1\r\nHost: 127.0.0.1\r\nX-API-Key: {self._key}\r\n"
             f"User-Agent: AsyncTinker/Python 0.38.0\r\nAccept: {JSON}\r\n"
             f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
         )
