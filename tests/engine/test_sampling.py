@@ -169,6 +169,20 @@ def test_top_logprobs_are_sorted() -> None:
     assert best.token_ids.dtype == np.int32
 
 
+@pytest.mark.parametrize("k", [1, 2, 3, 250, 251, 300])
+def test_equal_logprobs_are_ordered_by_token_id(k: int) -> None:
+    """As greedy takes the first of them: in the middle, and where the last one cuts them."""
+    logits = torch.zeros(3, 300)
+    logits[0, 200:] = 1.0
+    logits[1, ::2] = -1.0
+    logits[2, [3, 250]] = 2.0
+    top = VOCABULARY.top(logits, np.ones(3, np.float32), k)
+    order = [np.lexsort((np.arange(300), -row))[:k] for row in logits.numpy()]
+    np.testing.assert_array_equal(top.token_ids, order)
+    expected = torch.log_softmax(logits, -1).sort(descending=True).values[:, :k]
+    np.testing.assert_array_equal(top.logprobs, expected.numpy())
+
+
 def test_logprobs_of_targets_are_unscaled() -> None:
     logits = random_logits(3, 500)
     targets = np.array([[0, 499], [7, 7], [250, 1]])

@@ -55,8 +55,14 @@ class TorchVocabulary:
 
     def top(self, logits_RV: torch.Tensor, temperatures_R: Float32Array, k: int) -> TopK:
         logprobs_RV = scaled_logprobs(logits_RV, temperatures_R)
-        values, ids = torch.topk(logprobs_RV, min(k, logprobs_RV.shape[1]))
-        return TopK(ids.cpu().numpy().astype(np.int32), values.cpu().numpy())
+        k = min(k, logprobs_RV.shape[1])
+        best, ids = _most_probable(logprobs_RV, k)
+        # Of tokens as probable as the last of them, torch.topk takes any.
+        tied_R = (logprobs_RV >= best[:, -1:]).sum(-1) > k
+        for row in torch.nonzero(tied_R)[:, 0].tolist():
+            full = logprobs_RV[row].sort(descending=True, stable=True)
+            best[row], ids[row] = full.values[:k], full.indices[:k]
+        return TopK(ids.cpu().numpy().astype(np.int32), best.cpu().numpy())
 
     def logprobs(self, logits_RV: torch.Tensor, targets_RK: Int64Array) -> Float32Array:
         targets = torch.from_numpy(targets_RK).to(logits_RV.device)
@@ -127,11 +133,8 @@ def _pick_cut(logprobs_RV: torch.Tensor, cuts: Cuts, uniforms_R: Float64Array) -
     """Draws among the most probable tokens. Equal logprobs are ordered by token id, so that what
     is kept depends on the row alone."""
     vocab_size = logprobs_RV.shape[1]
-    candidates = torch.topk(logprobs_RV, min(NUM_CANDIDATES, vocab_size))
-    by_id = candidates.indices.sort(-1)
-    ordered = candidates.values.gather(1, by_id.indices).sort(dim=-1, descending=True, stable=True)
-    ids_RM = by_id.values.gather(1, ordered.indices)
-    tokens_R, is_complete = _draw_sorted(ordered.values, ids_RM, cuts, uniforms_R, vocab_size)
+    best_RM, ids_RM = _most_probable(logprobs_RV, min(NUM_CANDIDATES, vocab_size))
+    tokens_R, is_complete = _draw_sorted(best_RM, ids_RM, cuts, uniforms_R, vocab_size)
     for row in np.flatnonzero(~is_complete):
         one = slice(row, row + 1)
         full = logprobs_RV[one].sort(dim=-1, descending=True, stable=True)
@@ -139,6 +142,15 @@ def _pick_cut(logprobs_RV: torch.Tensor, cuts: Cuts, uniforms_R: Float64Array) -
         token, _ = _draw_sorted(full.values, full.indices, cut, uniforms_R[one], vocab_size)
         tokens_R[row] = token[0]
     return tokens_R
+
+
+def _most_probable(logprobs_RV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``k`` largest of each row in order and their ids, equal ones ordered by id. Which of
+    those that equal the smallest are among them, is open."""
+    best = torch.topk(logprobs_RV, k)
+    by_id = best.indices.sort(-1)
+    ordered = best.values.gather(1, by_id.indices).sort(dim=-1, descending=True, stable=True)
+    return ordered.values, by_id.values.gather(1, ordered.indices)
 
 
 def _draw_sorted(
