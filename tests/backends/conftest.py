@@ -75,7 +75,7 @@ async def harness(request: pytest.FixtureRequest, tiny_llama: Path) -> AsyncIter
         model_path=model.path,
         company=0.0 if bitwise else 1e-4 if exact else 5e-2,
         neighbours=0.0 if bitwise else 3e-5 if exact else 5e-2,
-        sampler=0.0 if bitwise else 1e-4 if exact else 1e-1,
+        sampler=0.0 if bitwise else 1e-4 if exact else 3e-1,  # either is up to 0.27 off float32
         gradient=1e-4 if exact else 5e-2,
     )
     await backend.close()
