@@ -1,6 +1,6 @@
 """What the trainer and the sampler ask of a frozen model. Three things answer to it:
 
-- ``native.NativeDecoder``: our own kernels, bfloat16 on processors with AMX; the fast one.
+- ``native.NativeDecoder``: our own kernels, bfloat16 on processors with AVX-512; the fast one.
 - ``model.Transformer``: torch operations; float32, CUDA and every other processor.
 - ``foreign.ForeignDecoder``: the modules of transformers, for architectures we have no code for.
 

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pytest
 import torch
 
 from training.engine.decoder import BLOCK_TOKENS
-from training.engine.native.build import library_path
+from training.engine.native import library
 
 SPARE_BLOCKS = 3
 
@@ -54,18 +51,6 @@ class Rows(NamedTuple):
 class Attended(NamedTuple):
     o: torch.Tensor
     lse: torch.Tensor
-
-
-@cache
-def library() -> ctypes.CDLL:
-    """Skips the test where there are no AMX tiles; elsewhere the kernels must build."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists() or "amx_bf16" not in cpuinfo.read_text():
-        pytest.skip("this processor has no AMX tiles")
-    loaded = ctypes.CDLL(str(library_path()))
-    if not loaded.tc_available():
-        pytest.skip("the kernel does not let this process use AMX tiles")
-    return loaded
 
 
 def _pointer(array: torch.Tensor | np.ndarray[tuple[int, ...], np.dtype[np.int32]]) -> object:
@@ -119,7 +104,7 @@ class PagedAttention:
     def store(self, rows: Sequence[Rows]) -> None:
         shape, qkv = self._shape(), self.pack(rows)
         table, num, blocks, _alive = self._sequences(rows)
-        library().tc_store_keys_values(
+        library.load().tc_store_keys_values(
             _pointer(shape),
             _pointer(qkv),
             ctypes.c_int64(self.shape.columns),
@@ -139,7 +124,7 @@ class PagedAttention:
             torch.full((len(qkv), columns), float("nan"), dtype=torch.bfloat16),
             torch.full((len(qkv), self.shape.num_heads), float("nan")),
         )
-        library().tc_attend(
+        library.load().tc_attend(
             _pointer(shape),
             ctypes.c_float(self.shape.scale),
             _pointer(qkv),
@@ -163,7 +148,7 @@ class PagedAttention:
         shape, qkv = self._shape(), self.pack(rows)
         table, num, _blocks, _alive = self._sequences(rows)
         dqkv = torch.full_like(qkv, float("nan"))
-        library().tc_attend_backward(
+        library.load().tc_attend_backward(
             _pointer(shape),
             ctypes.c_float(self.shape.scale),
             _pointer(qkv),

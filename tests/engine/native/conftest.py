@@ -1,4 +1,4 @@
-"""The kernels' library, for tests that call it directly."""
+"""The kernels' library, in every form that this processor runs."""
 
 from __future__ import annotations
 
@@ -7,19 +7,30 @@ from collections.abc import Iterator
 
 import pytest
 
-from training.engine.native.build import BuildError, library_path
+from training.engine.native import build, library
 
 
-@pytest.fixture(scope="session")
-def kernels() -> ctypes.CDLL:
-    """Skips where the kernels do not run: another processor, or no compiler."""
+def _targets() -> list[build.Target | None]:
     try:
-        library = ctypes.CDLL(str(library_path()))
-    except BuildError as error:
-        pytest.skip(f"no native kernels: {error}")
-    if not library.tc_available():
-        pytest.skip("no native kernels: this processor has no AMX (tiles of bfloat16)")
-    return library
+        return list(build.supported_targets())
+    except build.BuildError:
+        return [None]
+
+
+@pytest.fixture(scope="session", params=_targets(), ids=lambda target: getattr(target, "name", ""))
+def kernels(request: pytest.FixtureRequest) -> Iterator[ctypes.CDLL]:
+    """What the engine would load; skips where nothing runs: another processor, or no compiler."""
+    target: build.Target | None = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        if target is not None:
+            patch.setattr(build, "TARGETS", (target,))
+        library.load.cache_clear()
+        try:
+            loaded = library.load()
+        except build.BuildError as error:
+            pytest.skip(f"no native kernels: {error}")
+        yield loaded
+    library.load.cache_clear()
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
 
 import pytest
 import torch
@@ -12,10 +12,11 @@ from tests.engine.native.attention_cases import (
     PagedAttention,
     Rows,
     Shape,
-    library,
     reference,
 )
 from training.engine.decoder import BLOCK_TOKENS
+
+pytestmark = pytest.mark.usefixtures("kernels")
 
 SHAPES = [
     Shape(9, 3, 64),
@@ -62,11 +63,8 @@ def derivatives(rows: int, shape: Shape, seed: int = 1) -> torch.Tensor:
 
 
 @pytest.fixture
-def two_threads() -> Iterator[None]:
-    threads = library().tc_num_threads()
-    library().tc_set_num_threads(2)
-    yield
-    library().tc_set_num_threads(threads)
+def two_threads(threads: ctypes.CDLL) -> None:
+    threads.tc_set_num_threads(2)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -167,14 +165,14 @@ def test_cells_without_a_key_change_no_bits(stale: float) -> None:
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("shape", SHAPES)
-def test_number_of_threads_changes_no_bits(shape: Shape) -> None:
+def test_number_of_threads_changes_no_bits(shape: Shape, threads: ctypes.CDLL) -> None:
     lengths = [150, 600, 40, 9]
     case = PagedAttention(shape, lengths)
     rows = case.whole()
     do = derivatives(sum(lengths), shape)
     several = case.run(rows)
     gradients = case.backward(rows, several, do)
-    library().tc_set_num_threads(1)
+    threads.tc_set_num_threads(1)
     case.k.zero_()
     case.v.zero_()
     single = case.run(rows)

@@ -1,4 +1,4 @@
-"""``decoder.Decoder`` by our own kernels: bfloat16 on processors with AMX.
+"""``decoder.Decoder`` by our own kernels: bfloat16 on processors with AVX-512 or AMX.
 
 A row's bits depend on its own sequence and adapter alone, in training and in sampling, and both use
 the same kernels: a sampler's logprob of a token is the trainer's, to the last bit.

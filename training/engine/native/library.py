@@ -186,7 +186,7 @@ def load() -> ctypes.CDLL:
         function.argtypes = arguments  # type: ignore[assignment]
         setattr(library, name, function)  # subscripts make a new one each time
     if not library.tc_available():
-        raise BuildError("this processor has no AMX (tiles of bfloat16)")
+        raise BuildError("the operating system does not let this process use tile registers")
     return library
 
 

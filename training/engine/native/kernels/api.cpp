@@ -5,7 +5,7 @@
 #include <new>
 
 #include "adam.hpp"
-#include "amx.hpp"
+#include "tiles.hpp"
 #include "head.hpp"
 #include "pass.hpp"
 #include "threads.hpp"
@@ -54,7 +54,7 @@ void tc_pass_release(Pass* pass) { pass->workspace().release(); }
 int tc_pass_forward(Pass* pass, const Batch* batch, const Cache* cache, int keep, bf16* hidden) {
   return guarded([&] {
     pass->forward(*batch, cache, Keep(keep), hidden);
-    amx::release();
+    tiles::release();
     return kOk;
   });
 }
@@ -63,7 +63,7 @@ int tc_pass_forward(Pass* pass, const Batch* batch, const Cache* cache, int keep
 int tc_pass_backward(Pass* pass, const Batch* batch, const bf16* d_hidden) {
   return guarded([&] {
     pass->backward(batch->segments, d_hidden);
-    amx::release();
+    tiles::release();
     return kOk;
   });
 }
@@ -81,7 +81,7 @@ int tc_head_logits(const Model* model, Workspace* workspace, const bf16* hidden,
   return guarded([&] {
     workspace->reset();
     head_logits(*model, hidden, num_rows, segments, num_segments, *workspace, logits);
-    amx::release();
+    tiles::release();
     return kOk;
   });
 }
@@ -90,7 +90,7 @@ int tc_head_forward(const Model* model, Workspace* workspace, const HeadRows* ro
   return guarded([&] {
     workspace->reset();
     head_forward(*model, *rows, *workspace);
-    amx::release();
+    tiles::release();
     return kOk;
   });
 }
@@ -101,7 +101,7 @@ int tc_head_backward(const Model* model, Workspace* workspace, const HeadRows* r
   return guarded([&] {
     workspace->reset();
     head_backward(*model, *rows, dlogprobs, used, num_used, *workspace, d_hidden);
-    amx::release();
+    tiles::release();
     return kOk;
   });
 }

@@ -12,7 +12,7 @@
 #include <optional>
 #include <vector>
 
-#include "amx.hpp"
+#include "tiles.hpp"
 #include "attention_math.hpp"
 #include "attention_rows.hpp"
 #include "threads.hpp"
@@ -30,81 +30,34 @@ constexpr int kShortItemTiles = 2;
 constexpr int kLongItemTiles = 8;
 
 template <int kTiles>
-inline void zero_accumulators() {
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (kTiles == 2) {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-}
-
-template <int kTiles>
-inline void load_accumulators(const float* c) {
-  _tile_loadd(0, c, 64);
-  _tile_loadd(1, c + kScoreTile, 64);
-  if constexpr (kTiles == 2) {
-    _tile_loadd(2, c + kScoreBlock, 64);
-    _tile_loadd(3, c + kScoreBlock + kScoreTile, 64);
-  }
-}
-
-template <int kTiles>
-inline void store_accumulators(float* c) {
-  _tile_stored(0, c, 64);
-  _tile_stored(1, c + kScoreTile, 64);
-  if constexpr (kTiles == 2) {
-    _tile_stored(2, c + kScoreBlock, 64);
-    _tile_stored(3, c + kScoreBlock + kScoreTile, 64);
-  }
-}
-
-template <int kTiles>
-void score_block(const bf16* q, const bf16* k, int head_dim, float* s) {
+void score_block(const bf16* q, const bf16* k, int head_dim, int num_rows, float* s) {
   const std::ptrdiff_t tile = std::ptrdiff_t(kRows) * head_dim;
-  amx::fence();
-  zero_accumulators<kTiles>();
-  for (int d = 0; d < head_dim; d += amx::kTileSum) {
-    const bf16* a = q + d * kRows;
-    const bf16* b = k + d * kRows;
-    _tile_loadd(4, a, 64);
-    _tile_loadd(6, b, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, b + tile, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    if constexpr (kTiles == 2) {
-      _tile_loadd(5, a + tile, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  store_accumulators<kTiles>(s);
+  tiles::Accumulators<kTiles, 2> sums(s, num_rows);
+  sums.zero();
+  sums.add(head_dim / tiles::kTileSum, 64, [&](int step) {
+    const bf16* left = q + step * tiles::kTileElements;
+    const bf16* right = k + step * tiles::kTileElements;
+    return tiles::Operands{{left, left + tile}, {right, right + tile}};
+  });
+  sums.store();
 }
 
 // Adds P V over a span to 32 columns of the output, or begins them.
 template <int kTiles>
 void multiply_values(const bf16* v, std::ptrdiff_t block_stride, const std::int32_t* blocks,
-                     int num_blocks, const float* p, bool begins, float* o) {
-  amx::fence();
+                     int num_blocks, const float* p, bool begins, int num_rows, float* o) {
+  tiles::Accumulators<kTiles, 2> sums(o, num_rows);
   if (begins) {
-    zero_accumulators<kTiles>();
+    sums.zero();
   } else {
-    load_accumulators<kTiles>(o);
+    sums.load();
   }
-  for (int b = 0; b < num_blocks; ++b, p += kTiles * kScoreBlock) {
-    const bf16* values = v + blocks[b] * block_stride;
-    _tile_loadd(4, p, 64);
-    _tile_loadd(6, values, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, values + amx::kTileElements, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    if constexpr (kTiles == 2) {
-      _tile_loadd(5, p + kScoreBlock, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  store_accumulators<kTiles>(o);
+  sums.add(num_blocks, 64, [&](int b) {
+    const bf16* left = reinterpret_cast<const bf16*>(p + b * kTiles * kScoreBlock);
+    const bf16* right = v + blocks[b] * block_stride;
+    return tiles::Operands{{left, left + 2 * kScoreBlock}, {right, right + tiles::kTileElements}};
+  });
+  sums.store();
 }
 
 // Up to 32 rows of an item on their way through the keys.
@@ -146,7 +99,8 @@ class RowsForward {
     std::fill_n(state_.maxima, kTiles * kRows, splat(kMinusInfinity));
     for (int b = 0; b < count; ++b) {
       float* s = s_ + b * kTiles * kScoreBlock;
-      score_block<kTiles>(q_, k_ + blocks_[first + b] * block_stride_, call_.shape.head_dim, s);
+      score_block<kTiles>(q_, k_ + blocks_[first + b] * block_stride_, call_.shape.head_dim,
+                          rows_.count, s);
       const int key = (first + b) * kBlockTokens;
       if (!is_seen_by_all(key)) mask_block(rows_, call_.shape.window, key, s);
       update_maxima<kTiles>(rows_, s, state_);
@@ -160,7 +114,7 @@ class RowsForward {
     float* o = o_;
     for (int d = 0; d < call_.shape.head_dim; d += 2 * kRows, o += kTiles * kScoreBlock) {
       multiply_values<kTiles>(v_ + d * kBlockTokens, block_stride_, blocks_ + first, count, s_,
-                              begins, o);
+                              begins, rows_.count, o);
     }
   }
 

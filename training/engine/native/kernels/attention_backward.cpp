@@ -10,7 +10,7 @@
 #include <limits>
 #include <vector>
 
-#include "amx.hpp"
+#include "tiles.hpp"
 #include "attention.hpp"
 #include "attention_math.hpp"
 #include "attention_panels.hpp"
@@ -72,25 +72,25 @@ inline __m512i differentiate_row(const float* s, const float* dp, const QuerySta
     ds[half] = _mm512_mul_ps(
         p[half], _mm512_sub_ps(load(dp + half * kTileFloats), load(queries.delta + half * kLanes)));
   }
-  _mm512_storeu_si512(p_row, (__m512i)_mm512_cvtne2ps_pbh(p[1], p[0]));
-  return (__m512i)_mm512_cvtne2ps_pbh(ds[1], ds[0]);
+  _mm512_storeu_si512(p_row, narrow(p[0], p[1]));
+  return narrow(ds[0], ds[1]);
 }
 
 template <bool kMasked>
 void differentiate_square(const float* s, const float* dp, const QueryStatistics& queries,
                           float factor, int key, int query, int window, const SquareOut& out) {
   for (int k = 0; k < kBlockTokens; k += 2) {
-    const int at = k / amx::kTileRows * 2 * kTileFloats + k % amx::kTileRows * kLanes;
+    const int at = k / tiles::kTileRows * 2 * kTileFloats + k % tiles::kTileRows * kLanes;
     __m512i rows[2];
     for (int odd = 0; odd < 2; ++odd) {
       const std::uint32_t seen = kMasked ? queries_seeing(key + k + odd, query, window) : 0;
       const int from = at + odd * kLanes;
       rows[odd] = differentiate_row<kMasked>(s + from, dp + from, queries, factor, seen,
-                                             out.p + (k + odd) * amx::kTileSum);
-      _mm512_storeu_si512(out.ds + (k + odd) * amx::kTileSum, rows[odd]);
+                                             out.p + (k + odd) * tiles::kTileSum);
+      _mm512_storeu_si512(out.ds + (k + odd) * tiles::kTileSum, rows[odd]);
     }
     bf16* low = out.ds_pairs + k * kLanes;
-    amx::interleave_rows(rows[0], rows[1], low, low + amx::kTileElements);
+    tiles::interleave_rows(rows[0], rows[1], low, low + tiles::kTileElements);
   }
 }
 

@@ -1,5 +1,5 @@
 // Keys and values into the blocks of a paged cache.
-#include "amx.hpp"
+#include "tiles.hpp"
 #include "attention.hpp"
 #include "threads.hpp"
 
@@ -35,25 +35,25 @@ std::vector<Piece> pieces_of(const SequenceRows* sequences, int num_sequences) {
 void store_key(const bf16* key, int head_dim, bf16* column) {
   const __m512i rows = _mm512_mullo_epi32(
       _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-      _mm512_set1_epi32(amx::kTileSum / 2));
-  for (int d = 0; d < head_dim; d += amx::kTileSum) {
-    _mm512_i32scatter_epi32(column + d * amx::kTileRows, rows, _mm512_loadu_si512(key + d), 4);
+      _mm512_set1_epi32(tiles::kTileSum / 2));
+  for (int d = 0; d < head_dim; d += tiles::kTileSum) {
+    _mm512_i32scatter_epi32(column + d * tiles::kTileRows, rows, _mm512_loadu_si512(key + d), 4);
   }
 }
 
 void store_keys(const bf16* keys, std::ptrdiff_t ld, int head_dim, const Piece& piece,
                 bf16* block) {
-  const int tile_elements = amx::kTileRows * head_dim;
+  const int tile_elements = tiles::kTileRows * head_dim;
   for (int i = 0; i < piece.count;) {
     const int key = piece.first + i;
-    bf16* tile = block + key / amx::kTileRows * tile_elements;
-    if (key % amx::kTileRows == 0 && piece.count - i >= amx::kTileRows) {
-      for (int d = 0; d < head_dim; d += amx::kTileSum) {
-        amx::transpose_pairs(keys + i * ld + d, ld, tile + d * amx::kTileRows);
+    bf16* tile = block + key / tiles::kTileRows * tile_elements;
+    if (key % tiles::kTileRows == 0 && piece.count - i >= tiles::kTileRows) {
+      for (int d = 0; d < head_dim; d += tiles::kTileSum) {
+        tiles::transpose_pairs(keys + i * ld + d, ld, tile + d * tiles::kTileRows);
       }
-      i += amx::kTileRows;
+      i += tiles::kTileRows;
     } else {
-      store_key(keys + i * ld, head_dim, tile + key % amx::kTileRows * 2);
+      store_key(keys + i * ld, head_dim, tile + key % tiles::kTileRows * 2);
       ++i;
     }
   }
@@ -62,7 +62,7 @@ void store_keys(const bf16* keys, std::ptrdiff_t ld, int head_dim, const Piece& 
 // One value as the even or odd elements of a row of pairs; the other half stays.
 void store_value(const bf16* value, int head_dim, bool odd, bf16* pairs) {
   const __mmask32 lanes = odd ? 0xaaaaaaaau : 0x55555555u;
-  for (int d = 0; d < head_dim; d += amx::kTileRows) {
+  for (int d = 0; d < head_dim; d += tiles::kTileRows) {
     const __m512i wide = _mm512_cvtepu16_epi32(
         _mm256_loadu_si256(reinterpret_cast<const __m256i*>(value + d)));
     _mm512_mask_storeu_epi16(pairs + d * kBlockTokens, lanes,
@@ -72,16 +72,16 @@ void store_value(const bf16* value, int head_dim, bool odd, bf16* pairs) {
 
 void store_values(const bf16* values, std::ptrdiff_t ld, int head_dim, const Piece& piece,
                   bf16* block) {
-  constexpr int kRow = 2 * amx::kTileRows;  // elements of a row of pairs
+  constexpr int kRow = 2 * tiles::kTileRows;  // elements of a row of pairs
   for (int i = 0; i < piece.count;) {
     const int key = piece.first + i;
     bf16* pairs = block + key / 2 * kRow;
     if (key % 2 == 0 && i + 1 < piece.count) {
-      for (int d = 0; d < head_dim; d += 2 * amx::kTileRows) {
+      for (int d = 0; d < head_dim; d += 2 * tiles::kTileRows) {
         bf16* low = pairs + d * kBlockTokens;
-        amx::interleave_rows(_mm512_loadu_si512(values + i * ld + d),
+        tiles::interleave_rows(_mm512_loadu_si512(values + i * ld + d),
                              _mm512_loadu_si512(values + (i + 1) * ld + d), low,
-                             low + amx::kTileElements);
+                             low + tiles::kTileElements);
       }
       i += 2;
     } else {

@@ -37,10 +37,10 @@ void write_rows(const float* squares, int count, int head_dim, float factor, bf1
   for (int d = 0; d < head_dim; d += kBlockTokens, squares += kSquareFloats) {
     for (int r = 0; r < count; ++r) {
       const float* low =
-          squares + r / amx::kTileRows * 2 * kTileFloats + r % amx::kTileRows * kLanes;
+          squares + r / tiles::kTileRows * 2 * kTileFloats + r % tiles::kTileRows * kLanes;
       const f32x16 a = _mm512_mul_ps(load(low), splat(factor));
       const f32x16 b = _mm512_mul_ps(load(low + kTileFloats), splat(factor));
-      _mm512_storeu_si512(to + r * ld + d, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+      _mm512_storeu_si512(to + r * ld + d, narrow(a, b));
     }
   }
 }
@@ -49,15 +49,15 @@ void write_rows(const float* squares, int count, int head_dim, float factor, bf1
 void transpose_square(const float* from, float* to) {
   for (int i = 0; i < 4; ++i) {
     const int transposed = (i & 1) << 1 | i >> 1;
-    amx::transpose_pairs(reinterpret_cast<const bf16*>(from + i * kTileFloats), 2 * kLanes,
+    tiles::transpose_pairs(reinterpret_cast<const bf16*>(from + i * kTileFloats), 2 * kLanes,
                          reinterpret_cast<bf16*>(to + transposed * kTileFloats));
   }
 }
 
 // Lane r: sum over d of a[r] * b[r], of which only the first ``count`` rows are read.
 f32x16 dot_rows(const bf16* a, const bf16* b, std::ptrdiff_t ld, int count, int head_dim) {
-  f32x16 sums[amx::kTileRows];
-  for (int r = 0; r < amx::kTileRows; ++r) {
+  f32x16 sums[tiles::kTileRows];
+  for (int r = 0; r < tiles::kTileRows; ++r) {
     sums[r] = splat(0.0f);
     if (r >= count) continue;
     for (int d = 0; d < head_dim; d += kLanes) {
@@ -153,7 +153,7 @@ void QueryPanel::load(const BackwardCall& call, const SequenceRows& sequence, in
     pack_transposed(d_o.rows, d_o.ld, head_dim, do_transposed_ + i * stride_);
     pack_pairs(d_o.rows, d_o.ld, head_dim, do_pairs_ + i * stride_);
     QueryStatistics& statistics = statistics_[i];
-    for (int r = 0; r < kBlockTokens; r += amx::kTileRows) {
+    for (int r = 0; r < kBlockTokens; r += tiles::kTileRows) {
       const std::ptrdiff_t from = place + r * ldo;
       store(statistics.delta + r,
             dot_rows(call.o + from, call.d_o + from, ldo, count - r, head_dim));

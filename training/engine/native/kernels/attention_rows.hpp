@@ -7,13 +7,13 @@
 #include <cstdint>
 #include <limits>
 
-#include "amx.hpp"
+#include "tiles.hpp"
 #include "attention.hpp"
 #include "attention_math.hpp"
 
 namespace kernels::forward {
 
-inline constexpr int kRows = amx::kTileRows;
+inline constexpr int kRows = tiles::kTileRows;
 inline constexpr int kMaxTiles = 2;                 // row tiles that are taken together
 inline constexpr int kScoreTile = kRows * kLanes;   // floats of 16 rows x 16 keys
 inline constexpr int kScoreBlock = 2 * kScoreTile;  // floats of 16 rows x one cache block
@@ -80,8 +80,8 @@ inline void load_queries(const ForwardCall& call, const Rows& rows, bf16* q) {
   const int head_dim = call.shape.head_dim;
   for (int r = 0; r < rows.count; ++r) {
     const bf16* from = call.qkv + rows.row[r] * call.ld + std::ptrdiff_t(rows.head[r]) * head_dim;
-    bf16* to = q + r / kRows * kRows * head_dim + r % kRows * amx::kTileSum;
-    for (int d = 0; d < head_dim; d += amx::kTileSum) {
+    bf16* to = q + r / kRows * kRows * head_dim + r % kRows * tiles::kTileSum;
+    for (int d = 0; d < head_dim; d += tiles::kTileSum) {
       _mm512_storeu_si512(to + d * kRows, _mm512_loadu_si512(from + d));
     }
   }
@@ -124,7 +124,7 @@ inline void exponentiate(const Rows& rows, float factor, float* s, RowState<kTil
       const f32x16 p1 = exp2(_mm512_fmsub_ps(load(low + kScoreTile), splat(factor), exponent));
       f32x16& lanes = state.sums[tile * kRows + r];
       lanes = _mm512_add_ps(lanes, _mm512_add_ps(p0, p1));
-      _mm512_storeu_si512(low, (__m512i)_mm512_cvtne2ps_pbh(p1, p0));
+      _mm512_storeu_si512(low, narrow(p0, p1));
     }
   }
 }
@@ -191,7 +191,7 @@ inline void write_output(const ForwardCall& call, const Rows& rows, const RowSta
     const f32x16 b = _mm512_fmadd_ps(load(low + kScoreTile), factor, splat(0.0f));
     bf16* to = call.o + rows.row[r] * ld +
                std::ptrdiff_t(rows.head[r]) * call.shape.head_dim + column;
-    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+    _mm512_storeu_si512(to, narrow(a, b));
   }
 }
 

@@ -38,9 +38,26 @@ inline f32x16 load(const bf16* from, __mmask16 lanes) {
 inline f32x16 load(const float* from, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, from); }
 
 // Rounds to nearest, ties to even; NaN stays NaN.
+#ifdef __AVX512BF16__
+inline __m256i narrow(f32x16 values) { return (__m256i)_mm512_cvtneps_pbh(values); }
+
+// 32 values, those of ``low`` first.
+inline __m512i narrow(f32x16 low, f32x16 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+#else
 inline __m256i narrow(f32x16 values) {
-  return (__m256i)_mm512_cvtneps_pbh(values);
+  const __m512i bits = _mm512_castps_si512(values);
+  const __m512i is_odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i half = _mm512_add_epi32(is_odd, _mm512_set1_epi32(0x7fff));
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __m512i rounded = _mm512_mask_mov_epi32(
+      _mm512_add_epi32(bits, half), _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q), quiet);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 }
+
+inline __m512i narrow(f32x16 low, f32x16 high) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(low)), narrow(high), 1);
+}
+#endif
 
 inline void store(bf16* to, f32x16 values) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrow(values));

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "amx.hpp"
+#include "tiles.hpp"
 #include "threads.hpp"
 
 namespace kernels {
@@ -11,7 +11,7 @@ namespace {
 constexpr int kItemColumns = 128;  // of an outer product: enough items for all threads
 
 int rows_of(const Segment& segment) {
-  return round_up(segment.end - segment.begin, amx::kTileSum);
+  return round_up(segment.end - segment.begin, tiles::kTileSum);
 }
 
 }  // namespace
@@ -195,7 +195,7 @@ void AdaptedLinear::backward(const bf16* dy, std::ptrdiff_t lddy, int num_rows, 
     multiply({.x = dy,
               .ldx = lddy,
               .rows = num_rows,
-              .in = round_up(linear_.out, amx::kTileSum),
+              .in = round_up(linear_.out, tiles::kTileSum),
               .out = in,
               .w = with.w,
               .bias = nullptr,

@@ -1,11 +1,12 @@
 #include <algorithm>
 #include <vector>
 
-#include "product_tiles.hpp"
+#include "product.hpp"
+#include "tiles.hpp"
 
 namespace kernels {
 
-using amx::kTileElements;
+using tiles::kTileElements;
 
 namespace {
 
@@ -17,7 +18,7 @@ void interleave(const OuterProduct& p, int column, bf16* tiles) {
   for (int t = 0; t < p.rows; t += 2) {
     const bf16* even = p.right + t * p.ldright + column;
     bf16* to = tiles + std::ptrdiff_t(t / 32) * 2 * kTileElements + t % 32 / 2 * 32;
-    amx::interleave_rows(_mm512_maskz_loadu_epi16(lanes, even),
+    tiles::interleave_rows(_mm512_maskz_loadu_epi16(lanes, even),
                          _mm512_maskz_loadu_epi16(lanes, even + p.ldright), to, to + kTileElements);
   }
 }
@@ -52,33 +53,31 @@ void write_outer(const OuterProduct& p, const float (*tile)[16], float* out, int
   }
 }
 
-inline void accumulate_outer(const bf16* left, int rows, const bf16* tiles) {
-  for (int t = 0; t < rows; t += amx::kTileSum, tiles += 2 * kTileElements) {
-    _tile_loadd(4, left + t, std::ptrdiff_t(rows) * 2);
-    _tile_loadd(6, tiles, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, tiles + kTileElements, 64);
-    _tile_dpbf16ps(1, 4, 7);
-  }
+// One row tile of ``left`` times two columns of tiles.
+inline void multiply_rows(const bf16* left, int rows, const bf16* right, tiles::Results& results) {
+  tiles::Accumulators<1, 2> sums(results.tile[0][0], 16);
+  sums.zero();
+  sums.add(rows / tiles::kTileSum, std::ptrdiff_t(rows) * 2, [&](int step) {
+    const bf16* at = right + std::ptrdiff_t(step) * 2 * kTileElements;
+    return tiles::Operands{{left + step * tiles::kTileSum, nullptr}, {at, at + kTileElements}};
+  });
+  sums.store();
 }
 
 }  // namespace
 
 void add_outer_product(const OuterProduct& p) {
-  thread_local std::vector<bf16> tiles;
-  const int steps = p.rows / amx::kTileSum;
-  tiles.resize(std::max(tiles.size(), std::size_t(steps) * 2 * kTileElements));
-  Results results;
+  thread_local std::vector<bf16> right;
+  const int steps = p.rows / tiles::kTileSum;
+  right.resize(std::max(right.size(), std::size_t(steps) * 2 * kTileElements));
+  tiles::Results results;
   for (int column = 0; column < p.num_right; column += 32) {
-    interleave(p, column, tiles.data());
-    amx::fence();
+    interleave(p, column, right.data());
     for (int part = 0; part < p.num_parts; ++part) {
       const bf16* left = p.left_t + std::ptrdiff_t(part) * p.left_stride * p.rows;
       float* out = p.out + part * p.out_stride;
       for (int r = 0; r < p.num_left; r += 16) {
-        zero_accumulators<1, 2>();
-        accumulate_outer(left + std::ptrdiff_t(r) * p.rows, p.rows, tiles.data());
-        store_accumulators<1, 2>(results);
+        multiply_rows(left + std::ptrdiff_t(r) * p.rows, p.rows, right.data(), results);
         write_outer(p, results.tile[0], out, r, column);
         write_outer(p, results.tile[1], out, r, column + 16);
       }

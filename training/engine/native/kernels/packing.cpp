@@ -1,11 +1,11 @@
 #include <algorithm>
 
-#include "amx.hpp"
+#include "tiles.hpp"
 #include "product.hpp"
 
 namespace kernels {
 
-using amx::kTileElements;
+using tiles::kTileElements;
 
 namespace {
 
@@ -27,10 +27,10 @@ void pack_tile(const bf16* w, std::ptrdiff_t out_stride, std::ptrdiff_t in_strid
                int num_in, bf16* tile) {
   const int num_lines = kWhole ? 16 : divide_up(num_in, 2);
   if (in_stride == 1) {
-    const __mmask32 lanes = ~__mmask32(0) >> (amx::kTileSum - num_in);
+    const __mmask32 lanes = ~__mmask32(0) >> (tiles::kTileSum - num_in);
     __m512i rows[16] = {};
     for (int n = 0; n < num_out; ++n) rows[n] = _mm512_maskz_loadu_epi16(lanes, w + n * out_stride);
-    amx::transpose_pairs(rows);
+    tiles::transpose_pairs(rows);
     for (int line = 0; line < num_lines; ++line) put<kWhole>(tile + line * 32, rows[line]);
     return;
   }
@@ -49,15 +49,15 @@ void pack_tile(const bf16* w, std::ptrdiff_t out_stride, std::ptrdiff_t in_strid
 }  // namespace
 
 std::size_t packed_elements(int out, int in) {
-  return std::size_t(divide_up(out, 16)) * divide_up(in, amx::kTileSum) * kTileElements;
+  return std::size_t(divide_up(out, 16)) * divide_up(in, tiles::kTileSum) * kTileElements;
 }
 
 void pack(const bf16* w, std::ptrdiff_t out_stride, std::ptrdiff_t in_stride, int out, int in,
           bf16* packed) {
-  const int in_tiles = divide_up(in, amx::kTileSum);
+  const int in_tiles = divide_up(in, tiles::kTileSum);
   for (int n = 0; n < out; n += 16) {
-    for (int k = 0; k < in_tiles * amx::kTileSum; k += amx::kTileSum) {
-      const int num_out = std::min(16, out - n), num_in = std::min(amx::kTileSum, in - k);
+    for (int k = 0; k < in_tiles * tiles::kTileSum; k += tiles::kTileSum) {
+      const int num_out = std::min(16, out - n), num_in = std::min(tiles::kTileSum, in - k);
       const bf16* from = w + n * out_stride + k * in_stride;
       if (num_in > 30) {
         pack_tile<true>(from, out_stride, in_stride, num_out, num_in, packed);
@@ -101,12 +101,12 @@ inline void transpose_half(const bf16* from, bf16* to) {
 }  // namespace
 
 void transpose_packed(const PackedMatrix& from, Range in, Range out, bf16* transposed) {
-  const int in_tiles = from.in / amx::kTileSum, out_tiles = divide_up(from.out, 16);
-  const int steps = divide_up(from.out, amx::kTileSum);
+  const int in_tiles = from.in / tiles::kTileSum, out_tiles = divide_up(from.out, 16);
+  const int steps = divide_up(from.out, tiles::kTileSum);
   const int tile_end = std::min(divide_up(out.end, 16), out_tiles);
   for (int n = in.begin; n < in.end; n += 16) {
-    const bf16* source = from.w + std::ptrdiff_t(n / amx::kTileSum) * kTileElements +
-                         n % amx::kTileSum / 16 * (kTileElements / 2);
+    const bf16* source = from.w + std::ptrdiff_t(n / tiles::kTileSum) * kTileElements +
+                         n % tiles::kTileSum / 16 * (kTileElements / 2);
     bf16* to = transposed + std::ptrdiff_t(n / 16) * steps * kTileElements;
     for (int tile = out.begin / 16; tile < tile_end; ++tile) {
       transpose_half(source + std::ptrdiff_t(tile) * in_tiles * kTileElements,
@@ -119,9 +119,9 @@ void transpose_packed(const PackedMatrix& from, Range in, Range out, bf16* trans
 }
 
 void unpack_row(Packed w, int in, int index, bf16* row) {
-  const int in_tiles = in / amx::kTileSum;
+  const int in_tiles = in / tiles::kTileSum;
   const bf16* tile = w + std::ptrdiff_t(index / 16) * in_tiles * kTileElements + index % 16 * 2;
-  for (int t = 0; t < in_tiles; ++t, tile += kTileElements, row += amx::kTileSum) {
+  for (int t = 0; t < in_tiles; ++t, tile += kTileElements, row += tiles::kTileSum) {
     for (int pair = 0; pair < 16; ++pair) std::memcpy(row + 2 * pair, tile + pair * 32, 4);
   }
 }

@@ -3,13 +3,13 @@
 #include <algorithm>
 #include <vector>
 
-#include "product_tiles.hpp"
+#include "tiles.hpp"
 #include "threads.hpp"
 
 namespace kernels {
 namespace {
 
-using amx::kTileElements;
+using tiles::kTileElements;
 
 // Columns whose weights stay in a core's second cache while rows pass over them.
 constexpr int kBlockElements = 400 * 1024;
@@ -24,30 +24,21 @@ inline int part_of(const LowRank& term, int column) {
   return part;
 }
 
-// The terms of one row tile, added to accumulators kRowTile (0 or 1) of each column of tiles.
-template <int kRowTile, int kColumnTiles>
-inline void accumulate_low_ranks(const Product& p, int row_tile, int column) {
+// The terms of one row tile, added to its accumulators in each column of tiles.
+template <int kRowTile, int kRowTiles, int kColumnTiles>
+inline void add_low_ranks(tiles::Accumulators<kRowTiles, kColumnTiles>& sums, const Product& p,
+                          int row_tile, int column) {
   for (int i = p.first_low_rank[row_tile]; i < p.first_low_rank[row_tile + 1]; ++i) {
     const LowRank& term = p.low_ranks[i];
-    const int steps = term.rank / amx::kTileSum;
+    const int steps = term.rank / tiles::kTileSum;
     const std::ptrdiff_t z_bytes = std::ptrdiff_t(term.num_parts) * term.rank * 2;
     const Packed b = term.b + std::ptrdiff_t(column / 16) * steps * kTileElements;
     // The parts of two neighbouring tiles of columns differ where one ends between them.
-    const bf16* z0 = term.z + part_of(term, column) * term.rank;
-    for (int k = 0; k < steps; ++k) {
-      _tile_loadd(4, z0 + k * amx::kTileSum, z_bytes);
-      _tile_loadd(6, b + k * kTileElements, 64);
-      if constexpr (kRowTile == 0) _tile_dpbf16ps(0, 4, 6);
-      if constexpr (kRowTile == 1) _tile_dpbf16ps(2, 4, 6);
-    }
+    sums.template add_tile<kRowTile, 0>(steps, term.z + part_of(term, column) * term.rank, z_bytes,
+                                        b);
     if constexpr (kColumnTiles == 2) {
-      const bf16* z1 = term.z + part_of(term, column + 16) * term.rank;
-      for (int k = 0; k < steps; ++k) {
-        _tile_loadd(4, z1 + k * amx::kTileSum, z_bytes);
-        _tile_loadd(7, b + (steps + k) * kTileElements, 64);
-        if constexpr (kRowTile == 0) _tile_dpbf16ps(1, 4, 7);
-        if constexpr (kRowTile == 1) _tile_dpbf16ps(3, 4, 7);
-      }
+      sums.template add_tile<kRowTile, 1>(steps, term.z + part_of(term, column + 16) * term.rank,
+                                          z_bytes, b + steps * kTileElements);
     }
   }
 }
@@ -83,7 +74,7 @@ inline void finish_whole(const Product& p, const float (*left)[16], const float 
       low = _mm512_add_ps(low, load(p.addend + place));
       high = _mm512_add_ps(high, load(p.addend + place + 16));
     }
-    _mm512_storeu_si512(static_cast<bf16*>(p.y) + place, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    _mm512_storeu_si512(static_cast<bf16*>(p.y) + place, narrow(low, high));
   }
 }
 
@@ -113,25 +104,28 @@ struct Steps {
 };
 
 template <Output kOutput, int kRowTiles, int kColumnTiles>
-inline void block(const Product& p, int row, int column, Steps steps, Results& results) {
-  const int num_steps = p.in / amx::kTileSum;
-  const Packed w =
-      p.w + (std::ptrdiff_t(column / 16) * num_steps + steps.begin) * kTileElements;
-  const bf16* x = p.x + row * p.ldx + steps.begin * amx::kTileSum;
+inline void block(const Product& p, int row, int column, Steps steps, tiles::Results& results) {
+  const int num_steps = p.in / tiles::kTileSum;
+  const std::ptrdiff_t next = std::ptrdiff_t(num_steps) * kTileElements;
+  const Packed w = p.w + column / 16 * next + std::ptrdiff_t(steps.begin) * kTileElements;
+  const bf16* x = p.x + row * p.ldx + steps.begin * tiles::kTileSum;
+  tiles::Accumulators<kRowTiles, kColumnTiles> sums(results.tile[0][0], p.rows - row);
   if (steps.begin == 0) {
-    zero_accumulators<kRowTiles, kColumnTiles>();
+    sums.zero();
   } else {
-    load_accumulators<kRowTiles, kColumnTiles>(results);
+    sums.load();
   }
-  accumulate<kRowTiles, kColumnTiles>(x, x + 16 * p.ldx, p.ldx * 2, w,
-                                      w + std::ptrdiff_t(num_steps) * kTileElements,
-                                      steps.end - steps.begin);
+  sums.add(steps.end - steps.begin, p.ldx * 2, [&](int step) {
+    const bf16* left = x + step * tiles::kTileSum;
+    const Packed right = w + std::ptrdiff_t(step) * kTileElements;
+    return tiles::Operands{{left, left + 16 * p.ldx}, {right, right + next}};
+  });
   const bool is_last = steps.end == num_steps;
   if (is_last && p.first_low_rank != nullptr) {
-    accumulate_low_ranks<0, kColumnTiles>(p, row / 16, column);
-    if constexpr (kRowTiles == 2) accumulate_low_ranks<1, kColumnTiles>(p, row / 16 + 1, column);
+    add_low_ranks<0>(sums, p, row / 16, column);
+    if constexpr (kRowTiles == 2) add_low_ranks<1>(sums, p, row / 16 + 1, column);
   }
-  store_accumulators<kRowTiles, kColumnTiles>(results);
+  sums.store();
   if (!is_last) return;
   finish_rows<kOutput, kColumnTiles>(p, results.tile[0], results.tile[1], row, column);
   if constexpr (kRowTiles == 2) {
@@ -141,7 +135,7 @@ inline void block(const Product& p, int row, int column, Steps steps, Results& r
 
 template <Output kOutput, int kRowTiles>
 inline void row_of_blocks(const Product& p, int row, int begin, int end, Steps steps,
-                          Results* results, int stride) {
+                          tiles::Results* results, int stride) {
   int column = begin;
   for (; column + 16 < end; column += 32, results += stride) {
     block<kOutput, kRowTiles, 2>(p, row, column, steps, *results);
@@ -153,9 +147,9 @@ inline void row_of_blocks(const Product& p, int row, int begin, int end, Steps s
 // the second one. A sum too long for that is cut; its order stays the same.
 template <Output kOutput>
 void region(const Product& p, int row_begin, int row_end, int column_begin, int column_end) {
-  thread_local std::vector<Results> kept;
-  Results once;
-  const int num_steps = p.in / amx::kTileSum, row_blocks = divide_up(column_end - column_begin, 32);
+  thread_local std::vector<tiles::Results> kept;
+  tiles::Results once;
+  const int num_steps = p.in / tiles::kTileSum, row_blocks = divide_up(column_end - column_begin, 32);
   const int num_cuts = divide_up(num_steps, kMaxSteps);
   const int stride = num_cuts > 1 ? 1 : 0;
   if (stride && kept.size() < std::size_t(row_blocks) * (kItemRows / 32)) {
@@ -163,7 +157,7 @@ void region(const Product& p, int row_begin, int row_end, int column_begin, int 
   }
   for (int cut = 0; cut < num_cuts; ++cut) {
     const Steps steps{num_steps * cut / num_cuts, num_steps * (cut + 1) / num_cuts};
-    Results* results = stride ? kept.data() : &once;
+    tiles::Results* results = stride ? kept.data() : &once;
     int row = row_begin;
     for (; row + 16 < row_end; row += 32, results += stride * row_blocks) {
       row_of_blocks<kOutput, 2>(p, row, column_begin, column_end, steps, results, stride);
@@ -198,21 +192,35 @@ void multiply(const Product& product) {
   }
 }
 
+namespace {
+
+template <int kColumnTiles>
+void reduce_columns(const bf16* x, std::ptrdiff_t ldx, int steps, Packed a, int num_rows,
+                    tiles::Results& results) {
+  tiles::Accumulators<1, kColumnTiles> sums(results.tile[0][0], num_rows);
+  sums.zero();
+  sums.add(steps, ldx * 2, [&](int step) {
+    const Packed right = a + std::ptrdiff_t(step) * kTileElements;
+    return tiles::Operands{{x + step * tiles::kTileSum, nullptr},
+                           {right, right + std::ptrdiff_t(steps) * kTileElements}};
+  });
+  sums.store();
+}
+
+}  // namespace
+
 void reduce_tile(const bf16* x, std::ptrdiff_t ldx, int in, Packed a, int rank, float scale,
                  int begin, int end, bf16* z, std::ptrdiff_t ldz) {
-  const int steps = in / amx::kTileSum;
-  Results results;
+  const int steps = in / tiles::kTileSum;
+  tiles::Results results;
   for (int column = 0; column < rank; column += 32) {
     const Packed left = a + std::ptrdiff_t(column / 16) * steps * kTileElements;
     const bool two = column + 16 < rank;
-    zero_accumulators<1, 2>();
     if (two) {
-      accumulate<1, 2>(x, nullptr, ldx * 2, left, left + std::ptrdiff_t(steps) * kTileElements,
-                       steps);
+      reduce_columns<2>(x, ldx, steps, left, end, results);
     } else {
-      accumulate<1, 1>(x, nullptr, ldx * 2, left, nullptr, steps);
+      reduce_columns<1>(x, ldx, steps, left, end, results);
     }
-    store_accumulators<1, 2>(results);
     for (int row = 0; row < 16; ++row) {
       const f32x16 factor = splat(scale);
       const bool own = row >= begin && row < end;
@@ -245,6 +253,6 @@ void tc_multiply(const kernels::bf16* x, int rows, int in, int out, const kernel
                      .y = y,
                      .ldy = out,
                      .addend = nullptr});
-  kernels::amx::release();
+  kernels::tiles::release();
 }
 }

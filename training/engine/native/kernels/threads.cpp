@@ -7,7 +7,7 @@
 #include <thread>
 #include <vector>
 
-#include "amx.hpp"
+#include "tiles.hpp"
 
 namespace kernels {
 namespace {
@@ -51,7 +51,7 @@ class Pool {
     context_ = context;
     num_done_.store(0, std::memory_order_relaxed);
     post({loop_ + 1, std::uint32_t(num_items), 0});
-    amx::configure();
+    tiles::configure();
     take_items(0);
     for (int spins = 0; num_done_.load(std::memory_order_acquire) != num_items; ++spins) {
       if (spins < kSpins) {
@@ -86,7 +86,7 @@ class Pool {
     while (!stopping_) {
       wait_for_other_than(seen);
       if (stopping_) return;
-      amx::configure();
+      tiles::configure();
       seen = take_items(thread);
     }
   }
@@ -96,7 +96,7 @@ class Pool {
       if (Ticket::unpack(ticket_.load(std::memory_order_acquire)).loop != seen) return;
       _mm_pause();
     }
-    amx::release();  // a sleeping thread need not have its tiles saved
+    tiles::release();  // a sleeping thread need not have its tiles saved
     num_sleeping_.fetch_add(1, std::memory_order_seq_cst);
     for (;;) {
       const std::uint64_t word = ticket_.load(std::memory_order_seq_cst);

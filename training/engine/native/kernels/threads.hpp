@@ -21,7 +21,7 @@ void run(int num_items, Body body, const void* context);
 }  // namespace detail
 
 // body(item, thread) for item in [0, num_items), thread in [0, num_threads()). One loop at a time,
-// not nested. Tile registers are configured (amx.hpp) in every thread before its first item.
+// not nested. Tile registers are configured (tiles.hpp) in every thread before its first item.
 template <typename F>
 void parallel_for(int num_items, const F& body) {
   detail::run(

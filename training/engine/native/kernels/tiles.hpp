@@ -1,45 +1,40 @@
-// Tile registers: 16 rows of 64 bytes. Products are 16 x 16 floats += 16 x 32 bf16 * 32 x 16 bf16.
+// Products of tiles: 16 x 16 floats += 16 x 32 bf16 * 32 x 16 bf16, and how their operands lie.
 //
 // The right operand lies in pairs: row p of its tile holds, for 16 columns, the elements 2p and
 // 2p + 1 of the sum. A row of the result depends on its row of the left operand alone.
+//
+// ``Accumulators<rows, columns>`` is what all products are made of: a block of up to 2 x 2 tiles of
+// results on its way through a sum. In memory, results lie [row tile][2 column tiles][16][16].
+// Tile registers hold them where the processor has those, vector registers elsewhere:
+//   zero() or load()                   begin a sum, or go on with one that was stored
+//   add(steps, left_bytes, operands)   add the product of ``steps`` tiles of every row and column;
+//                                      operands(step) says where they are, rows of the left ones lie
+//                                      left_bytes apart
+//   add_tile<row, column>(...)         the same to one tile alone, from operands that lie in a line
+//   store()                            to memory; of the last row tile only rows that are wanted
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstdint>
 
-#include "base.hpp"
+#include "tiles_base.hpp"
 
-namespace kernels::amx {
+#ifdef __AMX_BF16__
+#include "tiles_amx.hpp"
+#else
+#include "tiles_avx512.hpp"
+#endif
 
-inline constexpr int kTileRows = 16;
-inline constexpr int kTileSum = 32;                       // elements of the sum that one tile covers
-inline constexpr int kTileElements = kTileRows * kTileSum;  // bf16 values of an operand tile
+namespace kernels::tiles {
 
-// Asks the kernel for the right to use tiles, once per process; false where there are none.
+// Whether this processor, and its operating system, let the process compute so. Asks for the right
+// to use tile registers where they are used.
 bool available();
 
-struct alignas(64) Config {
-  std::uint8_t palette = 1;
-  std::uint8_t start_row = 0;
-  std::uint8_t reserved[14] = {};
-  std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+struct alignas(64) Results {
+  float tile[4][16][16];
 };
-
-inline constinit const Config kConfig;
-
-// All eight tiles whole. Must come first in every thread, and again after foreign code (oneDNN).
-inline void configure() {
-  // gcc's intrinsic tells the compiler of 8 of the 64 bytes it reads: a local would be stale.
-  asm volatile("ldtilecfg %0" : : "m"(kConfig));
-}
-
-inline void release() { _tile_release(); }
-
-// Must stand between plain stores to memory and tile loads of it: gcc's tile intrinsics do not tell
-// the compiler that they read.
-inline void fence() { asm volatile("" ::: "memory"); }
 
 // Elements [K][2][16] of a right operand's tile for 16 columns from the 16 rows in ``r`` (row n
 // is column n), 32 elements each: a transposition of 32-bit pairs, in place.
@@ -87,4 +82,4 @@ inline void interleave_rows(__m512i even, __m512i odd, bf16* low, bf16* high) {
   _mm512_storeu_si512(high, _mm512_permutex2var_epi16(even, hi, odd));
 }
 
-}  // namespace kernels::amx
+}  // namespace kernels::tiles
