@@ -42,7 +42,13 @@ from training.core.operations import (
     Work,
 )
 from training.core.progress import SnapshotPolicy
-from training.core.records import FutureKind, FutureResult, FutureStatus, StoredOperation
+from training.core.records import (
+    FutureKind,
+    FutureResult,
+    FutureStatus,
+    StoredOperation,
+    WindowEffect,
+)
 from training.core.task_manager import TaskManager, TaskPolicy
 
 
@@ -151,6 +157,18 @@ class Harness:
             return operation.work
 
         return replace(operation, stored=stored, work=StoredWork(load, 4))
+
+    async def fill_gap(self, model_id: str, missing: Sequence[int]) -> Sequence[Operation]:
+        placed = []
+        for seq in missing:
+            error = f"operation {seq} never arrived: the server stopped waiting for it"
+            outcome = FutureResult(FutureStatus.FAILED, error=error, effect=WindowEffect.SPOILED)
+            kind = FutureKind.FORWARD_BACKWARD
+            stored = StoredOperation(f"gap/{seq}", kind, seq, 0, 0, outcome, None)
+            work = RefusedWork(Gone(error))
+            made = operation(model_id, seq, kind, work, arrived_s=float(seq))
+            placed.append(replace(made, request_id=f"gap/{seq}", stored=stored))
+        return placed
 
     async def snapshot(self, model_id: str, seq: int) -> FinishSnapshot:
         self.snapshots.append((model_id, seq))

@@ -149,9 +149,9 @@ class EngineConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     kernels: Literal["auto", "native", "torch"] = "auto"
-    """What computes a Llama-like model on the CPU in bfloat16: our own kernels (they need AVX-512 and a
-    C++ compiler) or torch's. ``auto`` takes ours where they run, else says why not; ``native``
-    refuses to start without them."""
+    """What computes a Llama-like model on the CPU in bfloat16: our own kernels (they need AVX-512
+    and a C++ compiler) or torch's. ``auto`` takes ours where they run, else says why not;
+    ``native`` refuses to start without them."""
     num_threads: int | None = Field(None, gt=0)
     max_slots: int = Field(4096, gt=0)
     """Models that may be loaded at once, in memory or on disk."""

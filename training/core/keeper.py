@@ -38,6 +38,11 @@ class Keeper(Protocol):
         Raises ``ModelLost`` when it cannot be brought back; after another error it is tried again.
         """
 
+    async def fill_gap(self, model_id: str, missing: Sequence[int]) -> Sequence[Operation]:
+        """Stores a failed operation in every one of these places that is still empty, and returns
+        them: the gap is given up for good, and whoever still comes for such a place finds it taken.
+        """
+
     async def snapshot(self, model_id: str, seq: int) -> FinishSnapshot:
         """Captures a model that is as operation ``seq`` left it, without gradients."""
 

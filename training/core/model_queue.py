@@ -125,12 +125,16 @@ class ModelQueue:
         """Something waits for an operation that has not arrived."""
         return bool(self._waiting) and self.next_seq not in self._waiting
 
+    def missing(self) -> range:
+        """The places before what waits for an operation that has not arrived."""
+        return range(self.next_seq, min(self._waiting))
+
     def skip_gap(self) -> range:
         """Gives up on what is missing; returns the sequence numbers given up.
 
         A missing operation may have been a forward_backward, so the window is spoiled.
         """
-        missing = range(self.next_seq, min(self._waiting))
+        missing = self.missing()
         self.next_seq = min(self._waiting)
         self.high_seq = max(self.high_seq, self.next_seq)
         names = f"{missing[0]}" if len(missing) == 1 else f"{missing[0]} to {missing[-1]}"

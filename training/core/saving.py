@@ -66,11 +66,10 @@ class Saving:
         started_s = time.monotonic()
         try:
             finish = await self._keeper.snapshot(queue.model_id, seq)
-        except BackendDead:
+        except BaseException as error:
             progress.is_saving = False
-            raise
-        except TinkercloudError as error:
-            progress.is_saving = False
+            if isinstance(error, BackendDead) or not isinstance(error, TinkercloudError):
+                raise
             self._failed(queue.model_id, error)
             return
 

@@ -79,5 +79,13 @@ class Suspects:
         return verdict
 
 
+def poison_of_earlier(crashes: int) -> BackendError:
+    """The verdict on what an earlier process left, having ended with its engine."""
+    return BackendError(
+        f"the operation is not tried again: {crashes} engines ended while it ran, the last of them "
+        "with the server"
+    )
+
+
 def _poison(what: str, error: BackendDead) -> BackendError:
     return BackendError(f"the operation is not tried again: {what} while it ran; {error}")

@@ -16,23 +16,21 @@ import structlog
 from training.backends.base import TrainerBackend
 from training.core import metrics
 from training.core.background import Background
+from training.core.call_runner import CallRunner
 from training.core.errors import BackendDead, BackendError, Busy, Gone, TinkercloudError
 from training.core.fairness import FairShares
+from training.core.gaps import Gaps
 from training.core.gathering import Gathering
 from training.core.keeper import Keeper
 from training.core.model_queue import ModelQueue
 from training.core.model_queues import ModelQueues
 from training.core.operations import (
-    CallWork,
     Operation,
     Outcome,
-    RefusedWork,
     SlotOf,
-    StoredWork,
 )
 from training.core.planner import Plan, PlanKind, plan_next
 from training.core.progress import SnapshotPolicy
-from training.core.records import STATEFUL_KINDS, FutureStatus
 from training.core.recovery import Recovery
 from training.core.saving import Saving
 from training.core.settling import Settling
@@ -65,7 +63,6 @@ class TaskManager:
         self._policy = policy
         self._queues = ModelQueues()
         self._closed: dict[str, TinkercloudError] = {}
-        self._gap_since_s: dict[str, float] = {}
         self._gathering = Gathering()
         self._shares = FairShares(policy.turn_tokens)
         self._wake = asyncio.Event()
@@ -76,6 +73,8 @@ class TaskManager:
             backend, keeper, self._settling, self._background, self._queues, self._wake.set
         )
         self.suspects = self._recovery.suspects
+        self._gaps = Gaps(keeper, self._background, policy.gap_timeout_s, self._wake.set)
+        self._calls = CallRunner(self._settling, self._background, self._recovery, self._wake.set)
         self._units = UnitRunner(backend, self._settling, encode, self._recovery.replay_failed)
         self._between: list[tuple[Callable[[], Awaitable[None]], asyncio.Future[None]]] = []
         self._loop: asyncio.Task[None] | None = None
@@ -138,7 +137,7 @@ class TaskManager:
     def close_model(self, model_id: str, error: TinkercloudError) -> None:
         """Fails what is queued, and whatever still arrives, with ``error``."""
         self._closed[model_id] = error
-        self._gap_since_s.pop(model_id, None)
+        self._gaps.forget(model_id)
         self._gathering.forget(model_id)
         queue = self._queues.close(model_id)
         if queue is not None and queue.reviving is not None:
@@ -176,7 +175,7 @@ class TaskManager:
             error = self._closed.get(operation.model_id, gone)
             self._settling.put(operation, Outcome(failed(error)))
         elif not queue.push(operation):
-            self._settling.put(operation, Outcome(failed(came_too_late(operation))))
+            self._settling.put(operation, Outcome(came_too_late(operation)))
         else:
             self._gathering.arrived(operation.model_id, operation.arrived_s)
             self._queues.activate(queue)
@@ -213,7 +212,7 @@ class TaskManager:
             await self._run_actions()
             self._queues.prune()
             self._recovery.revive_stale()
-            self._give_up_gaps()
+            self._gaps.give_up(self._queues.active(), time.monotonic())
             metrics.QUEUED_OPERATIONS.set(self.num_queued())
             now_s = time.monotonic()
             save = self._saving.next(self._loaded(), now_s)
@@ -232,15 +231,20 @@ class TaskManager:
                 continue
             plan = replace(plan, operations=self.suspects.cut(plan.operations))
             for operation in plan.operations:
-                queue = self._queues.get(operation.model_id)
-                assert queue is not None
-                queue.pop(operation)
+                self._queue(operation).pop(operation)
             self._shares.took(plan.operations)
             if plan.kind is PlanKind.CALL:
-                self._start_call(plan.operations[0])
+                call = plan.operations[0]
+                self._calls.start(self._queue(call), call)
             else:
                 await self._execute(plan)
         await self._run_actions()
+
+    def _queue(self, operation: Operation) -> ModelQueue:
+        """Of an operation that is planned."""
+        queue = self._queues.get(operation.model_id)
+        assert queue is not None
+        return queue
 
     def _ready(self, queue: ModelQueue) -> list[Operation]:
         if queue.busy or queue.must_revive:
@@ -257,7 +261,9 @@ class TaskManager:
         return [
             queue
             for queue in self._queues.active()
-            if queue.generation == health.generation and not queue.must_revive
+            if queue.generation == health.generation
+            and not queue.must_revive
+            and not queue.busy  # what runs may be changing it
         ]
 
     async def _run_actions(self) -> None:
@@ -277,41 +283,23 @@ class TaskManager:
 
     async def _sleep(self, at_most_s: float | None = None) -> None:
         """Until something arrives, a gap is to be given up, or ``at_most_s`` are over."""
-        now = time.monotonic()
-        deadlines = [since + self._policy.gap_timeout_s for since in self._gap_since_s.values()]
-        if at_most_s is not None:
-            deadlines.append(now + at_most_s)
-        timeout = max(min(deadlines) - now, 0.0) if deadlines else None
+        waits_s = [self._gaps.due_in_s(time.monotonic()), at_most_s]
         try:
-            await asyncio.wait_for(self._wake.wait(), timeout)
+            await asyncio.wait_for(
+                self._wake.wait(), min((each for each in waits_s if each is not None), default=None)
+            )
         except TimeoutError:
             return
-
-    def _give_up_gaps(self) -> None:
-        now = time.monotonic()
-        for queue in self._queues.active():
-            if queue.must_revive or not queue.has_gap():
-                self._gap_since_s.pop(queue.model_id, None)
-                continue
-            waited_s = now - self._gap_since_s.setdefault(queue.model_id, now)
-            if waited_s >= self._policy.gap_timeout_s or queue.gap_is_settled():
-                missing = queue.skip_gap()
-                del self._gap_since_s[queue.model_id]
-                log.warning(
-                    "queue.gap_given_up",
-                    model_id=queue.model_id,
-                    first_seq=missing.start,
-                    num_missing=len(missing),
-                )
 
     async def _execute(self, plan: Plan) -> None:
         now = time.monotonic()
         for operation in plan.operations:
             metrics.QUEUE_WAIT_SECONDS.labels(plan.kind.value).observe(now - operation.arrived_s)
         metrics.UNIT_OPERATIONS.labels(plan.kind.value).observe(len(plan.operations))
+        self._units.unsettled = list(plan.operations)
         try:
             with metrics.UNIT_SECONDS.labels(plan.kind.value).time():
-                operations = [await _decoded(item) for item in plan.operations]
+                operations = await self._recovery.decode(plan.operations)
                 self._keeper.note_running(
                     self._backend.capabilities().base_model,
                     [item.request_id for item in operations],
@@ -336,62 +324,3 @@ class TaskManager:
         except Exception:
             # The border of the job: a snapshot that fails costs a longer replay, nothing else.
             log.exception("snapshot.failed", model_id=queue.model_id)
-
-    # ----------------------------------------------------------------- calls
-
-    def _start_call(self, operation: Operation) -> None:
-        """Beside the loop: other models do not wait while one is created, loaded or saved."""
-        queue = self._queues.get(operation.model_id)
-        assert queue is not None
-        queue.busy = True
-        earlier = self._background.of(operation.model_id)
-        self._background.start(operation.model_id, self._call(queue, operation, earlier))
-
-    async def _call(
-        self, queue: ModelQueue, operation: Operation, earlier: set[asyncio.Task[None]]
-    ) -> None:
-        try:
-            try:
-                async with self.suspects.alone([operation.request_id]):
-                    decoded = await _decoded(operation)
-                    if isinstance(decoded.work, RefusedWork):
-                        raise decoded.work.error
-                    assert isinstance(decoded.work, CallWork)
-                    finish = await decoded.work.run()
-            finally:
-                queue.busy = False
-                self._wake.set()
-            outcome = await finish()
-        except BackendDead as error:
-            await self._recovery.died([operation], error)
-            return
-        except TinkercloudError as error:
-            outcome = Outcome(failed(error))
-        except Exception as error:
-            # The border of the job: one broken call must not leave its client waiting.
-            log.exception("call.failed", kind=operation.kind.value)
-            internal = BackendError(f"internal error ({type(error).__name__}); see the server log")
-            outcome = Outcome(failed(internal))
-        await self._absorb(operation, outcome, earlier)
-
-    async def _absorb(
-        self, operation: Operation, outcome: Outcome, earlier: set[asyncio.Task[None]]
-    ) -> None:
-        if not operation.is_settled:
-            if operation.kind in STATEFUL_KINDS and earlier:
-                # Its snapshot covers saves that still write; they must be answered first.
-                await asyncio.wait(earlier)
-                await self._settling.drained(operation.model_id)
-            self._settling.put(operation, outcome)
-        elif outcome.result.status is FutureStatus.DONE:
-            self._settling.compare(operation, outcome.result)
-        else:
-            self._recovery.replay_failed(operation, BackendError(outcome.result.error))
-        if operation.is_settled and outcome.undo is not None:
-            await outcome.undo()  # its files have done their part, and are those of no record
-
-
-async def _decoded(operation: Operation) -> Operation:
-    if isinstance(operation.work, StoredWork) and not operation.is_passed_over:
-        return replace(operation, work=await operation.work.load())
-    return operation

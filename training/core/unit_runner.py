@@ -62,7 +62,11 @@ class UnitRunner:
         self.unsettled = list(operations)
         if kind is PlanKind.INSTANT:
             for operation in operations:
-                await self._run_instant(operation)
+                if operation.is_passed_over:
+                    await self._pass_over(operation)
+                    self.unsettled.remove(operation)
+                else:
+                    self._refused(operation)
             return
         # What came from the database is only now seen to be wrong.
         running = [item for item in operations if not self._refused(item)]
@@ -131,12 +135,10 @@ class UnitRunner:
                 queue.progress.stepped(operation.seq, time.monotonic())
             self._done(operation, self._encode(output))
 
-    async def _run_instant(self, operation: Operation) -> None:
-        """A refusal; or an operation of an earlier life that is not run again: what its failure did
-        to the window, it does again."""
-        if operation.stored is None or not operation.is_passed_over:
-            self._refused(operation)
-            return
+    async def _pass_over(self, operation: Operation) -> None:
+        """An operation that was settled and is not run again: what its failure did to the window,
+        it does again."""
+        assert operation.stored is not None
         outcome = operation.stored.outcome
         queue = self._queues.get(operation.model_id)
         if outcome is None or queue is None:
@@ -201,8 +203,10 @@ def effect_of_failure(operation: Operation) -> WindowEffect | None:
             return None
 
 
-def came_too_late(operation: Operation) -> Gone:
-    return Gone(f"operation {operation.seq} came after the server stopped waiting for it")
+def came_too_late(operation: Operation) -> FutureResult:
+    """The gap it left behind spoiled a window, and must do so again in a replay."""
+    error = Gone(f"operation {operation.seq} came after the server stopped waiting for it")
+    return failed(error, WindowEffect.SPOILED)
 
 
 def _name(operation: Operation) -> str:

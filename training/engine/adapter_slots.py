@@ -183,6 +183,8 @@ class AdapterSlots:
             )
         except UnitError as error:
             return OptimOutput(error=str(error))
+        except Exception as error:  # border: the steps of other slots in this call stand
+            return OptimOutput(error=f"the step failed: {type(error).__name__}: {error}")
         finally:
             self._drop(entry, GRADIENT)
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 import structlog
 
+from training.core import ids
 from training.core.errors import (
     Gone,
     ModelLost,
@@ -20,7 +22,7 @@ from training.core.errors import (
 )
 from training.core.keeper import FinishSnapshot, Revival
 from training.core.operations import Operation, Outcome, RefusedWork, StoredWork, Work
-from training.core.records import FutureKind, ModelStatus, StoredOperation
+from training.core.records import FutureKind, ModelStatus, StoredOperation, utcnow
 from training.core.unit_runner import failed
 from training.services.loaded import Decoders, LoadedModel, LoadedModels
 from training.services.model_snapshots import ModelSnapshots
@@ -57,6 +59,12 @@ class ModelKeeper:
     async def snapshot(self, model_id: str, seq: int) -> FinishSnapshot:
         return await self._snapshots.capture(self._get(model_id), seq)
 
+    async def fill_gap(self, model_id: str, missing: Sequence[int]) -> Sequence[Operation]:
+        loaded = self._get(model_id)
+        named = [(seq, ids.new_request_id()) for seq in missing]
+        placed = await self._database.write(operations.fill_gap, loaded.model, named, utcnow())
+        return self._operations(loaded, placed)
+
     def note_running(self, engine: str, request_ids: Sequence[str]) -> None:
         self._running.note(engine, request_ids)
 
@@ -73,15 +81,17 @@ class ModelKeeper:
             "was run again after a crash"
         )
         await self._database.write(models.mark_corrupted, operation.model_id, fault)
+        if (loaded := self._loaded.get(operation.model_id)) is not None:
+            loaded.model = replace(loaded.model, corrupted=True, fault=fault)
 
     # ----------------------------------------------------------------- bringing back
 
     async def revive(self, model_id: str, until: int | None) -> Revival:
         loaded = self._get(model_id)
-        stored = await self._database.read(operations.of_model, model_id, -1, until)
-        for snapshot in await self._snapshots.of_model(model_id):
-            after = [item for item in stored if item.seq > snapshot.seq]
-            if not await self._can_replay(after):
+        found = await self._snapshots.of_model(model_id)
+        for snapshot in found:
+            stored = await self._database.read(operations.of_model, model_id, snapshot.seq, until)
+            if not await self._can_replay(stored):
                 break  # an older snapshot needs still more
             directory = await self._snapshots.verified(snapshot)
             if directory is None:
@@ -93,13 +103,18 @@ class ModelKeeper:
                 log.error("snapshot.damaged", model_id=model_id, error=str(error))
                 continue
             generation = backend.health().generation
-            return Revival(snapshot.seq + 1, self._operations(loaded, after), generation)
-        if not await self._can_replay(stored):
-            raise ModelLost(
-                f"model {model_id} was lost: no snapshot of it can be read any more; go on from "
-                "its last checkpoint with create_training_client_from_state_with_optimizer"
-            )
-        return Revival(0, self._operations(loaded, stored), None)
+            # What came after its place was given up, and was not answered before a crash.
+            late = await self._database.read(operations.pending_of_model, model_id, snapshot.seq)
+            return Revival(snapshot.seq + 1, self._operations(loaded, [*late, *stored]), generation)
+        stored = await self._database.read(operations.of_model, model_id, -1, until)
+        if await self._can_replay(stored):
+            return Revival(0, self._operations(loaded, stored), None)
+        if await self._snapshots.of_model(model_id) != found:
+            raise StorageError(f"the snapshots of model {model_id} changed while they were read")
+        raise ModelLost(
+            f"model {model_id} was lost: no snapshot of it can be read any more; go on from "
+            "its last checkpoint with create_training_client_from_state_with_optimizer"
+        )
 
     async def _can_replay(self, stored: Sequence[StoredOperation]) -> bool:
         """Whether the payloads are there that a replay needs. A creation needs none: what it asked
@@ -153,12 +168,23 @@ class ModelKeeper:
             log.error("model.status_not_stored", model_id=model_id, error=str(failure))
         self._loaded.remove(model_id)
         loaded.host.tasks.close_model(model_id, error)
+        await self.end_operations(loaded, error)
+
+    async def end_operations(self, loaded: LoadedModel, error: TinkercloudError) -> None:
+        """Of a model whose queue is closed: fails what only the database has, and frees the slot
+        once nothing uses it."""
+        model_id = loaded.model.model_id
         await loaded.host.tasks.released(model_id)
-        for item in await self._database.read(operations.of_model, model_id, -1, None):
-            if item.outcome is None:
-                await self._promises.settle(item.request_id, failed(error))
-        await loaded.host.release(loaded.slot)
-        loaded.slot = None
+        slot, loaded.slot = loaded.slot, None  # who else ends it does not free it again
+        await loaded.host.release(slot)
+        try:
+            left = await self._database.read(operations.pending_of_model, model_id, None)
+        except StorageError as failure:
+            # They stay pending; the next start fails what belongs to no model.
+            log.error("model.operations_not_ended", model_id=model_id, error=str(failure))
+            return
+        for item in left:
+            await self._promises.settle(item.request_id, failed(error))
 
     def _get(self, model_id: str) -> LoadedModel:
         loaded = self._loaded.get(model_id)

@@ -13,13 +13,13 @@ import structlog
 from training.core import ids
 from training.core.errors import DamagedFile, NotFound, StorageError
 from training.core.keeper import FinishSnapshot
-from training.core.records import Snapshot, utcnow
+from training.core.records import ModelStatus, Snapshot, utcnow
 from training.core.threads import in_thread
 from training.services.loaded import LoadedModel
 from training.storage.database import Connection, Database
 from training.storage.directories import reason
 from training.storage.files import MANIFEST, CheckpointFiles, Owner
-from training.storage.repositories import snapshots
+from training.storage.repositories import models, snapshots
 
 log = structlog.get_logger(__name__)
 
@@ -121,8 +121,14 @@ class ModelSnapshots:
 
     # ----------------------------------------------------------------- the end
 
-    async def forget(self, model_id: str) -> None:
-        await self.delete(await self._database.write(snapshots.forget_model, model_id))
+    async def end(self, model_id: str) -> None:
+        """Of a model that is unloaded, in one transaction with that."""
+
+        def store(connection: Connection) -> list[str]:
+            models.move(connection, model_id, ModelStatus.UNLOADED)
+            return snapshots.forget_model(connection, model_id)
+
+        await self.delete(await self._database.write(store))
 
     async def delete(self, directories: Iterable[str]) -> None:
         """What cannot be deleted now is removed when the server starts again."""
@@ -136,6 +142,7 @@ class ModelSnapshots:
         """Removes what an earlier process left unfinished."""
         await in_thread(self._files.prepare)
         await in_thread(self._files.claim, owner)
+        await self._database.write(snapshots.forget_ended)
         used = await self._database.read(snapshots.directories)
         unused = await in_thread(self._files.names) - used
         await self.delete(filter(ids.is_directory, unused))

@@ -28,6 +28,7 @@ from training.core.records import (
     utcnow,
 )
 from training.services.hosts import Hosts
+from training.services.keeper import ModelKeeper
 from training.services.loaded import LoadedModel, LoadedModels
 from training.services.model_loading import ModelLoader
 from training.services.model_snapshots import ModelSnapshots
@@ -50,6 +51,7 @@ class ModelService:
         loaded: LoadedModels,
         loader: ModelLoader,
         snapshots: ModelSnapshots,
+        keeper: ModelKeeper,
     ) -> None:
         self._database = database
         self._hosts = hosts
@@ -58,6 +60,7 @@ class ModelService:
         self._loaded = loaded
         self._loader = loader
         self._snapshots = snapshots
+        self._keeper = keeper
 
     # ----------------------------------------------------------------- creation
 
@@ -220,16 +223,13 @@ class ModelService:
 
     async def _unload(self, loaded: LoadedModel, error: TinkercloudError) -> None:
         self._loader.close(loaded, error)
-        await loaded.host.tasks.released(loaded.model.model_id)
-        slot, loaded.slot = loaded.slot, None
-        await loaded.host.release(slot)
+        await self._keeper.end_operations(loaded, error)
         log.info("model.unloaded", model_id=loaded.model.model_id, reason=str(error))
 
     async def _forget(self, model_id: str) -> None:
         """A full disk does not keep a model from ending; the next start corrects the record."""
         try:
-            await self._database.write(models.move, model_id, ModelStatus.UNLOADED)
-            await self._snapshots.forget(model_id)
+            await self._snapshots.end(model_id)
         except StorageError as error:
             log.error("model.status_not_stored", model_id=model_id, error=str(error))
 

@@ -141,23 +141,31 @@ class Promises:
         try:
             completion = await self._commit_outcome(request_id, outcome)
         except RequestError as error:
-            if outcome.undo is not None:
-                await outcome.undo()
             result = failed(error)
             completion = await self._commit_outcome(request_id, Outcome(result))
+            after = outcome.undo
         else:
             # A promise that was settled before leaves what this outcome brought without a use.
             after = outcome.undo if completion is None else outcome.then
+        try:
             if after is not None:
                 await after()
-        self._wake(request_id, result if completion is not None else None)
+        except Exception:
+            # The border of the job: the outcome is stored and must be told; a file too many is
+            # removed by the next start.
+            log.exception("future.not_tidied", request_id=request_id)
+        finally:
+            self._wake(request_id, result if completion is not None else None)
 
     def _wake(self, request_id: str, result: FutureResult | None) -> None:
+        """None: somebody else settled it, and the next poll reads what they stored."""
         entry = self._release(request_id)
-        if result is None or entry is None:
+        if entry is None:
+            return
+        entry.settled.set()
+        if result is None:
             return
         entry.result = result
-        entry.settled.set()
         self._remember(request_id, entry)
         for watcher in self._scope_watchers.get(entry.scope, ()):
             watcher.set()

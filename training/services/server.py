@@ -10,6 +10,7 @@ from training.config import TrainingConfig
 from training.core import ids
 from training.core.errors import TinkercloudError
 from training.core.records import FutureKind, utcnow
+from training.core.suspects import MAX_CRASHES, poison_of_earlier
 from training.core.threads import in_thread
 from training.core.unit_runner import failed
 from training.services.auth import Authenticator
@@ -130,7 +131,14 @@ class Server:
             self.database, self.files, self.sessions, self._loaded, self.snapshots, self.quotas
         )
         self.models = ModelService(
-            self.database, self.hosts, self.sessions, desk, self._loaded, loader, self.snapshots
+            self.database,
+            self.hosts,
+            self.sessions,
+            desk,
+            self._loaded,
+            loader,
+            self.snapshots,
+            self.keeper,
         )
         self.training = TrainingService(self.models, desk)
         self.checkpoints = CheckpointService(
@@ -184,7 +192,7 @@ class Server:
         guilty = self._requests.start()
         if guilty:
             log.warning("server.ran_out_of_memory", request_ids=guilty)
-            await self.database.write(operations.note_deaths, guilty)
+            await self.database.write(operations.note_deaths, guilty, only_pending=True)
 
     async def _finish_ended_sessions(self) -> None:
         """Of those that ended in the moment in which the server did."""
@@ -195,6 +203,8 @@ class Server:
 
     async def _resume_sample(self, stored: futures.Payload) -> None:
         try:
+            if stored.future.deaths >= MAX_CRASHES:
+                raise poison_of_earlier(stored.future.deaths)
             await self.sampling.resume(stored)
         except TinkercloudError as error:
             await self.promises.settle(stored.future.request_id, failed(error))

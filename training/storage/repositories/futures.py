@@ -138,6 +138,7 @@ def finish(
         "category": None if is_done else outcome.category,
         "effect": outcome.effect,
         "digest": outcome.digest() if is_done else None,
+        "deaths": 0,  # whatever ended engines while it ran, it did not
     }
     if connection.execute(_FINISH, {"id_": request_id, **values}).rowcount != 1:
         return None

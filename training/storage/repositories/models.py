@@ -42,6 +42,12 @@ def with_status(connection: sa.Connection, statuses: Iterable[ModelStatus]) -> l
     return [_model(row) for row in every(connection, query)]
 
 
+def is_live(connection: sa.Connection, model_id: str) -> bool:
+    """Whether it may still be trained."""
+    live = [ModelStatus.CREATING, ModelStatus.READY]
+    return count(connection, table, table.c.model_id == model_id, table.c.status.in_(live)) == 1
+
+
 def left_over(connection: sa.Connection) -> list[Model]:
     """Models of sessions that have ended which nobody has unloaded yet."""
     query = (

@@ -6,9 +6,11 @@ from dataclasses import asdict
 
 import sqlalchemy as sa
 
-from training.core.records import Snapshot
-from training.storage.repositories import operations
+from training.core.records import ModelStatus, SessionStatus, Snapshot
+from training.storage.repositories import models, operations
 from training.storage.repositories.rows import Row, every
+from training.storage.tables import models as model_table
+from training.storage.tables import sessions
 from training.storage.tables import snapshots as table
 
 
@@ -16,9 +18,11 @@ def add(connection: sa.Connection, snapshot: Snapshot, kept: int) -> list[str] |
     """Stores one, forgets all but the newest ``kept`` of its model, and deletes the payloads that
     the oldest of those covers. Returns the directories that are no longer used.
 
-    None, and nothing stored, where it would cover an operation that has no outcome yet: what that
-    would have been could not be told any more.
+    None, and nothing stored, where it would cover an operation that has no outcome yet, because
+    what that would have been could not be told any more; and where the model has ended.
     """
+    if not models.is_live(connection, snapshot.model_id):
+        return None
     if operations.has_pending_until(connection, snapshot.model_id, snapshot.seq):
         return None
     before = of_model(connection, snapshot.model_id)
@@ -57,6 +61,19 @@ def forget_model(connection: sa.Connection, model_id: str) -> list[str]:
     unused = [snapshot.directory for snapshot in of_model(connection, model_id)]
     connection.execute(sa.delete(table).where(table.c.model_id == model_id))
     return unused
+
+
+def forget_ended(connection: sa.Connection) -> None:
+    """Of models that were unloaded, or whose session has ended whatever became of them."""
+    ended = sa.select(model_table.c.model_id).where(
+        sa.or_(
+            model_table.c.status == ModelStatus.UNLOADED,
+            model_table.c.session_id.in_(
+                sa.select(sessions.c.session_id).where(sessions.c.status != SessionStatus.ACTIVE)
+            ),
+        )
+    )
+    connection.execute(sa.delete(table).where(table.c.model_id.in_(ended)))
 
 
 def directories(connection: sa.Connection) -> set[str]:
