@@ -10,7 +10,9 @@ import pytest
 from tests.engine.checkpoints import make_checkpoint
 from tests.engine.slot_cases import IDLE_S, SMALLEST_BUDGET, STEP, Bench, SmallDisk, assert_same
 from tests.engine.training_cases import ALL
+from training.backends.base import OptimOutput
 from training.core.errors import BackendDead, DeathCause, UnitError
+from training.engine.optimizer import adamw_step
 from training.engine.slot_memory import FAILED_PAUSE_S
 
 
@@ -155,3 +157,22 @@ def test_a_step_of_a_slot_that_does_not_exist_steps_nobody(
     with pytest.raises(UnitError, match="slot 1 holds no adapter"):
         bench.trainer.optim_step({0: STEP, 1: STEP})
     assert_same(bench.state(0), before)
+
+
+def test_a_step_that_breaks_is_that_of_its_own_slot_alone(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(checkpoint, tmp_path)
+    for slot in range(2):
+        bench.trainer.load_slot(slot, ALL)
+        bench.train(slot, slot)
+    forms: list[Callable[..., OptimOutput]] = [adamw_step, no_memory]
+    name = "training.engine.adapter_slots.adamw_step"
+    monkeypatch.setattr(name, lambda *args: forms.pop(0)(*args))
+    outputs = bench.trainer.optim_step({0: STEP, 1: STEP})
+    assert outputs[0].error is None
+    assert "MemoryError" in (outputs[1].error or "")
+
+
+def no_memory(*_: object) -> OptimOutput:
+    raise MemoryError("no more")

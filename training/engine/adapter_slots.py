@@ -11,7 +11,7 @@ import logging
 import torch
 
 from training.backends.base import AdamParams, OptimOutput
-from training.core.errors import UnitError
+from training.core.errors import BackendDead, UnitError
 from training.engine.adapter import Adapter, AdapterLayout
 from training.engine.capture import Capture
 from training.engine.optimizer import AdamArithmetic, adamw_step
@@ -183,6 +183,8 @@ class AdapterSlots:
             )
         except UnitError as error:
             return OptimOutput(error=str(error))
+        except BackendDead:
+            raise  # the adapter cannot be read back from disk: its model comes back from a snapshot
         except Exception as error:  # border: the steps of other slots in this call stand
             return OptimOutput(error=f"the step failed: {type(error).__name__}: {error}")
         finally:
