@@ -388,3 +388,19 @@ def test_sparse_targets_keep_their_layout() -> None:
     expected = np.zeros((3, 7), np.float32)
     expected[0, 1], expected[0, 5], expected[2, 0] = -1, -2, -3
     same(decoded.to_numpy(), expected)
+
+
+def test_many_empty_chunks_are_refused_before_they_take_memory() -> None:
+    message = pb.ForwardBackwardRequest(model_id="m", seq_id=1, loss_fn="cross_entropy")
+    for _ in range(9):
+        message.data.append(pb.Datum(model_input=[pb.Chunk()] * 16384))
+    with pytest.raises(TooLarge, match="chunks in one request"):
+        decode_forward_backward(message.SerializeToString())
+
+
+def test_a_tensor_of_many_dimensions_is_refused() -> None:
+    message = pb.ForwardBackwardRequest(model_id="m", seq_id=1, loss_fn="cross_entropy")
+    tensor = pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=[1] * 1000, dense=b"\0" * 4)
+    message.data.append(pb.Datum(loss_fn_inputs={"weights": tensor}))
+    with pytest.raises(InvalidRequest, match="1000 dimensions"):
+        decode_forward_backward(message.SerializeToString())

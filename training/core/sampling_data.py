@@ -28,7 +28,6 @@ SEED_MODULUS = 2**63 - 1
 @dataclass(frozen=True)
 class SampleLimits:
     max_num_samples: int = 1024
-    max_alternatives: int = 1024
     max_target_elements: int = 2**22
     max_stops: int = 256
     max_stop_length: int = 1000
@@ -88,7 +87,7 @@ def to_sample_request(
         ),
         target_prompt_tokens=_to_targets(request, len(prompt), vocab_size, limits),
         prompt_alt_tokens_k=checked_int(
-            request.prompt_alt_tokens_k, "prompt_alt_tokens_k", 0, limits.max_alternatives
+            request.prompt_alt_tokens_k, "prompt_alt_tokens_k", 0, max_topk
         ),
     )
 

@@ -16,7 +16,8 @@ from fastapi.routing import APIRoute
 from training.core.errors import TooLarge
 from training.models.hub import DEFAULT_REVISION, HubError, HubFile, HubMirror, HubRepo
 
-_MAX_FORM_BYTES = 2**20
+_MAX_FORM_BYTES = 2**16
+_MAX_FORM_FIELDS = 1000
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     "4XX": {
         "description": "Not served here; `X-Error-Code` says what, as the hub does.",
@@ -80,8 +81,8 @@ def hub_router(mirror: HubMirror) -> APIRouter:
 
     @router.post(model + "/paths-info/{revision}")
     async def paths_info(organization: str, name: str, revision: str, request: Request) -> Response:
-        paths = await _form_paths(request)
         repo = await run_in_threadpool(mirror.get, f"{organization}/{name}", revision)
+        paths = await _form_paths(request)
         found = [repo.by_name[path] for path in paths if path in repo.by_name]
         return _json(repo, [_file_entry(file) for file in found])
 
@@ -95,7 +96,11 @@ async def _form_paths(request: Request) -> list[str]:
         body += piece
         if len(body) > _MAX_FORM_BYTES:
             raise TooLarge(f"the form is over the limit of {_MAX_FORM_BYTES} bytes")
-    return parse_qs(body.decode(errors="replace")).get("paths", [])
+    try:
+        form = parse_qs(body.decode(errors="replace"), max_num_fields=_MAX_FORM_FIELDS)
+    except ValueError:
+        raise TooLarge(f"the form has more than {_MAX_FORM_FIELDS} fields") from None
+    return form.get("paths", [])
 
 
 def _file_response(repo: HubRepo, file: HubFile) -> Response:

@@ -213,7 +213,12 @@ class CheckpointService:
 
             async def outcome() -> Outcome:
                 stored = await finish()
-                await host.snapshots.ensure(stored.directory)
+                try:
+                    await host.snapshots.ensure(stored.directory)
+                except BaseException:
+                    # If it runs again, it writes another one.
+                    await in_thread(self._files.delete, stored.directory)
+                    raise
                 session = SamplingSession(
                     sampling_session_id=ids.sampling_session_id(model.session_id, seq),
                     session_id=model.session_id,

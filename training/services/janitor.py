@@ -28,6 +28,7 @@ class Janitor:
         self._kept = timedelta(seconds=results_kept_s)
         self._ended: set[str] = set()
         """Sessions some of whose samples still run."""
+        self._delivered: list[str] = []
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -68,5 +69,8 @@ class Janitor:
                 log.exception("janitor.failed")
 
     async def _note_delivered(self) -> None:
-        if delivered := self._promises.take_delivered():
-            await self._database.write(futures.mark_delivered, delivered, utcnow())
+        self._delivered += self._promises.take_delivered()
+        if self._delivered:
+            # What is not stored now is noted in a later round.
+            await self._database.write(futures.mark_delivered, self._delivered, utcnow())
+            self._delivered = []

@@ -140,13 +140,13 @@ class ModelLoader:
 
     async def _fill_slot(self, loaded: LoadedModel, seq: int, adopted: Adopted | None) -> None:
         host, model = loaded.host, loaded.model
-        if loaded.slot is None:
-            held = self._loaded.num_by_owner()
-            self._quotas.check_models(model.owner, held, host.capabilities().max_slots)
-            loaded.slot = host.slots.allocate(model.model_id)
         directory = None if adopted is None else self._snapshots.path(adopted)
         with_optimizer = adopted is not None and adopted.with_optimizer
         try:
+            if loaded.slot is None:
+                held = self._loaded.num_by_owner()
+                self._quotas.check_models(model.owner, held, host.capabilities().max_slots)
+                loaded.slot = host.slots.allocate(model.model_id)
             await host.backend.load_slot(loaded.slot, model.lora, directory, with_optimizer)
         except BaseException:
             if adopted is not None:

@@ -71,6 +71,8 @@ def _train_work(envelope: TrainEnvelope, loaded: LoadedModel) -> Work:
     try:
         data = to_train_op_data(decode_data(envelope), loaded.host.capabilities())
     except RequestError as error:
-        return RefusedWork(error)
+        # Its tracebacks would keep whatever was decoded for as long as the refusal waits.
+        error.__context__ = None
+        return RefusedWork(error.with_traceback(None))
     num_tokens = sum(datum.num_tokens for datum in data.data)
     return TrainWork(loaded.held_slot, data.loss, data.loss_config, data.data, num_tokens)

@@ -32,8 +32,12 @@ from training.wire.records import (
 
 MAX_DATUMS = 16384
 MAX_CHUNKS_PER_DATUM = 16384
+MAX_CHUNKS = 2**17
+"""Of one request. An empty chunk takes two bytes on the wire and a hundred times as much here."""
 MAX_INPUTS_PER_DATUM = 64
 MAX_DATUM_BYTES = 64 * 2**20
+MAX_RANK = 2
+"""Of a tensor."""
 _MAX_HEADER_FIELDS = 100
 _MAX_SPANS_PER_DATUM = 16384
 
@@ -94,16 +98,20 @@ def decode_data(envelope: TrainEnvelope) -> TrainRequest:
     """Decodes the datums. Raises ``InvalidRequest`` or ``TooLarge`` naming datum and field."""
     if len(envelope.encoded_data) > MAX_DATUMS:
         raise TooLarge(f"{len(envelope.encoded_data)} datums in one request; limit {MAX_DATUMS}")
+    data: list[WireDatum] = []
+    num_chunks = 0
+    for index, encoded in enumerate(envelope.encoded_data):
+        data.append(_decode_datum(encoded, f"data[{index}]"))
+        num_chunks += len(data[-1].chunks)
+        if num_chunks > MAX_CHUNKS:
+            raise TooLarge(f"more than {MAX_CHUNKS} chunks in one request")
     return TrainRequest(
         model_id=envelope.model_id,
         seq_id=envelope.seq_id,
         loss_fn=envelope.loss_fn,
         loss_config=envelope.loss_config,
         forward_only=envelope.forward_only,
-        data=[
-            _decode_datum(encoded, f"data[{index}]")
-            for index, encoded in enumerate(envelope.encoded_data)
-        ],
+        data=data,
     )
 
 
@@ -194,10 +202,7 @@ def _decode_datum(encoded: bytes, where: str) -> WireDatum:
         entry = _parse(pb.LossFnInputEntry, item, f"{where}.loss_fn_inputs")
         inputs[entry.key] = _decode_tensor(entry.value, f"{where}.{entry.key[:50]}")
     return WireDatum(
-        chunks=[
-            _decode_chunk(chunk, f"{where}.model_input[{index}]")
-            for index, chunk in enumerate(message.model_input)
-        ],
+        chunks=[_decode_chunk(chunk, f"{where}.model_input") for chunk in message.model_input],
         inputs=inputs,
     )
 
@@ -218,6 +223,8 @@ def _decode_tensor(message: pb.Tensor, where: str) -> WireTensor:
     dtype = _NUMPY_DTYPES.get(message.dtype)
     if dtype is None:
         raise InvalidRequest(f"{where} has no known dtype (value {message.dtype})")
+    if len(message.shape) > MAX_RANK:
+        raise InvalidRequest(f"{where} has {len(message.shape)} dimensions; limit {MAX_RANK}")
     shape = tuple(message.shape)
     if message.WhichOneof("encoding") == "sparse_csr":
         csr = message.sparse_csr
