@@ -246,7 +246,7 @@ def test_a_stranger_uploads_nothing(server: Server, raw: Raw) -> None:
                 answer = stranger.post(path, content=itertools.repeat(piece, 200))
             except httpx.TransportError:
                 continue  # answered and closed before everything was sent
-            assert answer.status_code in (401, 413)
+            assert answer.status_code in (401, 404, 413)  # unread: no key, no such model
     assert resident_bytes(server) - before < MAX_GROWTH_BYTES
 
 
@@ -284,10 +284,13 @@ def test_a_body_that_announces_too_much_is_refused_unread(server: Server, raw: R
         assert b"limit" in answer.read()
 
 
-@pytest.mark.parametrize("body", [b"\xff\xfe", b"paths=%ff%00", b"&" * 100_000, b"paths=" * 9999])
-def test_rubbish_forms_of_strangers(server: Server, raw: Raw, body: bytes) -> None:
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [(b"\xff\xfe", 200), (b"paths=%ff%00", 200), (b"&" * 60_000, 413), (b"paths=" * 9999, 200)],
+)
+def test_rubbish_forms_of_strangers(server: Server, raw: Raw, body: bytes, status: int) -> None:
     url = f"{server.base_url}/hf/api/models/{FAKE_MODEL}/paths-info/main"
-    assert raw.checked(httpx.post(url, content=body)).status_code == 200
+    assert raw.checked(httpx.post(url, content=body)).status_code == status
 
 
 def test_a_client_that_leaves_in_the_middle_is_no_crash(server: Server, raw: Raw) -> None:

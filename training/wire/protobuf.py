@@ -36,8 +36,8 @@ MAX_CHUNKS = 2**17
 """Of one request. An empty chunk takes two bytes on the wire and a hundred times as much here."""
 MAX_INPUTS_PER_DATUM = 64
 MAX_DATUM_BYTES = 64 * 2**20
-MAX_RANK = 2
-"""Of a tensor."""
+MAX_RANK = 8
+"""Of a tensor, before anybody looks at what it is for."""
 _MAX_HEADER_FIELDS = 100
 _MAX_SPANS_PER_DATUM = 16384
 
