@@ -19,10 +19,11 @@ from tests.storage.object_store import BUCKET, ObjectStore
 from training.core import ids
 from training.core.errors import ConfigError, DamagedFile, NotFound, StorageError
 from training.storage import remote_files
-from training.storage.files import MANIFEST, CheckpointFiles, Owner
+from training.storage.files import MANIFEST, OWNER, CheckpointFiles, Owner
 from training.storage.remote_files import RemoteFiles, open_files
 
 FILE = "adapter_model.safetensors"
+ME = Owner("mine", is_new=False)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,11 @@ def opened(url: str, cache: Path, cache_bytes: int = 2**30) -> RemoteFiles:
     files = open_files(url, cache, cache_bytes)
     assert isinstance(files, RemoteFiles)
     files.prepare()
+    try:
+        files.claim(ME)
+    except BaseException:
+        files.close()
+        raise
     return files
 
 
@@ -98,14 +104,15 @@ def test_what_was_committed_is_found_by_another_machine(
 ) -> None:
     assert store(files, "one") == len(b"weights{}")
     assert files.names() == elsewhere.names() == {"one"}
-    assert set(bucket) == {f"one/{FILE}", "one/adapter_config.json", f"one/{MANIFEST}"}
+    whole = {f"one/{FILE}", "one/adapter_config.json", f"one/{MANIFEST}"}
+    assert set(bucket) == whole | {OWNER}
     for each in (files, elsewhere):
         assert (each.verify("one") / FILE).read_bytes() == b"weights"
         assert (each.fetch("one") / FILE).read_bytes() == b"weights"
     elsewhere.delete("one")
     elsewhere.delete("one")
     assert files.names() == set()
-    assert set(bucket) == set()
+    assert set(bucket) == {OWNER}
     with pytest.raises(NotFound):
         elsewhere.verify("one")
 
@@ -177,7 +184,7 @@ def test_an_upload_that_was_cut_off_is_removed_at_the_next_start(
     monkeypatch.setattr(remote_files, "SPARED_S", -60.0)
     again = opened(url, tmp_path / "cache")
     whole = {f"whole/{FILE}", "whole/adapter_config.json", f"whole/{MANIFEST}"}
-    assert set(bucket) == whole | {"not-of-a-server/notes.txt"}
+    assert set(bucket) == whole | {OWNER, "not-of-a-server/notes.txt"}
     again.close()
 
 
@@ -285,15 +292,42 @@ def test_another_database_is_refused(
     files: RemoteFiles, elsewhere: RemoteFiles, bucket: Any
 ) -> None:
     store(files, ids.new_directory())
+    del bucket[OWNER]
     with pytest.raises(StorageError, match="another database"):
         files.claim(Owner("new", is_new=True))
-    files.claim(Owner("mine", is_new=False))
+    files.claim(ME)
     before = dict(bucket)
     with pytest.raises(StorageError, match="It names mine, this one is other"):
         elsewhere.claim(Owner("other", is_new=False))
     assert dict(bucket) == before
-    elsewhere.claim(Owner("mine", is_new=False))
+    elsewhere.claim(ME)
     assert len(files.names()) == 1
+
+
+def test_nothing_is_touched_before_it_is_known_whose_it_is(
+    files: RemoteFiles, bucket: Any, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even what an earlier process left unfinished, and not for a moment."""
+    bucket[f"{ids.new_directory()}/{FILE}"] = b"weights"
+    bucket[f"noted/{FILE}"] = b"weights"
+    notes = tmp_path / "wrong-cache" / ".uploads"
+    notes.mkdir(parents=True)
+    (notes / "noted").touch()
+    before = dict(bucket)
+    monkeypatch.setattr(remote_files, "SPARED_S", -60.0)
+    wrong = open_files(url, tmp_path / "wrong-cache", 0)
+    assert isinstance(wrong, RemoteFiles)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("it writes")
+
+    for change in ("pipe_file", "put_file", "rm_file"):
+        monkeypatch.setattr(wrong._remote, change, refuse)
+    wrong.prepare()
+    with pytest.raises(StorageError, match="It names mine, this one is other"):
+        wrong.claim(Owner("other", is_new=False))
+    wrong.close()
+    assert dict(bucket) == before
 
 
 def test_a_path_is_a_directory(tmp_path: Path) -> None:

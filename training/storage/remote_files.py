@@ -32,6 +32,7 @@ from training.storage.files import (
     MANIFEST,
     OWNER,
     CheckpointFiles,
+    Owner,
     compare,
     read_manifest,
     write_manifest,
@@ -46,6 +47,7 @@ SPARED_S = 3600.0
 KEPT_S = 600.0
 """What was read this recently may still be being loaded and stays in the cache."""
 _UPLOADS = ".uploads"
+_UNUSABLE = "cannot use the checkpoint storage"
 
 
 def open_files(location: str, cache: Path, cache_bytes: int) -> CheckpointFiles:
@@ -68,9 +70,10 @@ class RemoteFiles(CheckpointFiles):
         self._locks: dict[str, threading.Lock] = {}
         self._cleaned_s = 0.0
 
-    def prepare(self) -> None:
-        super().prepare()
-        with _errors("cannot use the checkpoint storage"):
+    def claim(self, owner: Owner) -> None:
+        """Also removes what an earlier process left unfinished, once it is known to be ours."""
+        super().claim(owner)
+        with _errors(_UNUSABLE):
             probe = f"{self._prefix}/{_UPLOADS}-{uuid.uuid4().hex}"
             self._remote.pipe_file(probe, b"may this server write here?")
             self._remote.rm_file(probe)
@@ -82,14 +85,14 @@ class RemoteFiles(CheckpointFiles):
         self._clean()
 
     def _read_owner(self) -> str | None:
-        with _errors("cannot read whose checkpoints these are"):
+        with _errors(_UNUSABLE):
             try:
                 return str(self._remote.cat_file(f"{self._prefix}/{OWNER}").decode().strip())
             except FileNotFoundError:
                 return None
 
     def _write_owner(self, database_id: str) -> None:
-        with _errors("cannot note whose checkpoints these are"):
+        with _errors(_UNUSABLE):
             self._remote.pipe_file(f"{self._prefix}/{OWNER}", f"{database_id}\n".encode())
 
     def commit(self, staged: Path, name: str) -> int:
