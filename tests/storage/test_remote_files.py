@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from tests.servers import REPOSITORY
 from tests.storage.object_store import BUCKET, ObjectStore
 from training.core import ids
 from training.core.errors import ConfigError, DamagedFile, NotFound, StorageError
+from training.core.threads import in_thread
 from training.storage import remote_files
 from training.storage.files import MANIFEST, OWNER, CheckpointFiles, Owner
 from training.storage.remote_files import RemoteFiles, open_files
@@ -186,6 +189,28 @@ def test_an_upload_that_was_cut_off_is_removed_at_the_next_start(
     whole = {f"whole/{FILE}", "whole/adapter_config.json", f"whole/{MANIFEST}"}
     assert set(bucket) == whole | {OWNER, "not-of-a-server/notes.txt"}
     again.close()
+
+
+async def test_a_store_that_hangs_holds_nobody_up_who_does_not_use_it(files: RemoteFiles) -> None:
+    """It answers again only when somebody else was served."""
+    served_others = threading.Event()
+    put_file = files._remote.put_file
+
+    def hang(source: str, target: str) -> None:
+        if not served_others.wait(60.0):  # only bounds a failure
+            raise TimeoutError("everybody else waits for the store")
+        put_file(source, target)
+
+    files._remote.put_file = hang
+    saves = []
+    for number in range(2 * min(32, (os.cpu_count() or 1) + 4)):
+        staged = files.stage()
+        (staged / FILE).write_bytes(b"weights")
+        saves.append(asyncio.create_task(in_thread(files.commit, staged, str(number))))
+    await asyncio.sleep(0)  # they are with their threads
+    await in_thread(served_others.set)
+    await asyncio.gather(*saves)
+    assert len(files.names()) == len(saves)
 
 
 def test_the_cache_is_bounded_and_spares_what_is_used(

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from training.core.errors import (
     StorageError,
     TinkercloudError,
 )
+from training.core.threads import OwnThreads
 from training.storage.files import (
     MANIFEST,
     OWNER,
@@ -47,6 +49,8 @@ SPARED_S = 3600.0
 KEPT_S = 600.0
 """What was read this recently may still be being loaded and stays in the cache."""
 _UPLOADS = ".uploads"
+_NUM_THREADS = 8
+"""Transfers at a time; more do not make a network faster."""
 _UNUSABLE = "cannot use the checkpoint storage"
 
 
@@ -57,7 +61,7 @@ def open_files(location: str, cache: Path, cache_bytes: int) -> CheckpointFiles:
     return RemoteFiles(location, cache, cache_bytes)
 
 
-class RemoteFiles(CheckpointFiles):
+class RemoteFiles(CheckpointFiles, OwnThreads):
     """Uploads of this server that were cut off are noted on disk and removed when it starts."""
 
     def __init__(self, url: str, cache: Path, cache_bytes: int) -> None:
@@ -69,6 +73,7 @@ class RemoteFiles(CheckpointFiles):
         self._held: Counter[str] = Counter()
         self._locks: dict[str, threading.Lock] = {}
         self._cleaned_s = 0.0
+        self.threads = ThreadPoolExecutor(_NUM_THREADS, "checkpoint-storage")
 
     def claim(self, owner: Owner) -> None:
         """Also removes what an earlier process left unfinished, once it is known to be ours."""
@@ -83,6 +88,10 @@ class RemoteFiles(CheckpointFiles):
                     self._remove(note.name)
                 note.unlink()
         self._clean()
+
+    def close(self) -> None:
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        super().close()
 
     def _read_owner(self) -> str | None:
         with _errors(_UNUSABLE):
