@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import subprocess
@@ -189,6 +190,58 @@ def test_an_upload_that_was_cut_off_is_removed_at_the_next_start(
     whole = {f"whole/{FILE}", "whole/adapter_config.json", f"whole/{MANIFEST}"}
     assert set(bucket) == whole | {OWNER, "not-of-a-server/notes.txt"}
     again.close()
+
+
+def test_a_clean_up_spares_what_is_just_being_uploaded(
+    url: str, files: RemoteFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long that takes."""
+    name = ids.new_directory()
+    put_file = files._remote.put_file
+    cleaned = 0
+
+    def clean_between(source: str, target: str) -> None:
+        nonlocal cleaned
+        if f"{name}/" in target:
+            files._clean()
+            cleaned += 1
+        put_file(source, target)
+
+    monkeypatch.setattr(remote_files, "SPARED_S", -60.0)
+    monkeypatch.setattr(files._remote, "put_file", clean_between)
+    store(files, name)
+    assert cleaned == 3
+    assert set(files._objects(name)) == {FILE, "adapter_config.json", MANIFEST}
+
+
+@pytest.mark.parametrize("broken", ["_clean", "_make_room", "rename"])
+def test_what_is_stored_is_no_failed_save_whatever_fails_afterwards(
+    files: RemoteFiles, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise StorageError("503 SlowDown")
+
+    def disk_full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    files._cleaned_s = 0.0
+    with monkeypatch.context() as patch:
+        if broken == "rename":
+            patch.setattr(os, "rename", disk_full)
+        else:
+            patch.setattr(files, broken, fail)
+        assert store(files, "one") == len(b"weights{}")
+    assert files.names() == {"one"}
+    assert (files.verify("one") / FILE).read_bytes() == b"weights"
+
+
+def test_nothing_is_kept_for_names_that_nobody_uses(files: RemoteFiles) -> None:
+    for number in range(5):
+        store(files, str(number))
+        files.verify(str(number))
+    gc.collect()
+    assert len(files._locks) == 0
+    assert files._uploading == set()
 
 
 async def test_a_store_that_hangs_holds_nobody_up_who_does_not_use_it(files: RemoteFiles) -> None:

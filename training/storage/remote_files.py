@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import fsspec  # type: ignore[import-untyped]
 import structlog
@@ -71,7 +72,9 @@ class RemoteFiles(CheckpointFiles, OwnThreads):
         self._cache_bytes = cache_bytes
         self._guard = threading.Lock()
         self._held: Counter[str] = Counter()
-        self._locks: dict[str, threading.Lock] = {}
+        # Whoever waits for one keeps it there.
+        self._locks: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
+        self._uploading: set[str] = set()
         self._cleaned_s = 0.0
         self.threads = ThreadPoolExecutor(_NUM_THREADS, "checkpoint-storage")
 
@@ -107,6 +110,7 @@ class RemoteFiles(CheckpointFiles, OwnThreads):
     def commit(self, staged: Path, name: str) -> int:
         """Uploads the files, and the manifest when they are all there."""
         note = self._root / _UPLOADS / name
+        self._uploading.add(name)
         try:
             with _errors("cannot store checkpoint"):
                 size_bytes = write_manifest(staged, sync=False)
@@ -114,18 +118,27 @@ class RemoteFiles(CheckpointFiles, OwnThreads):
                     raise StorageError(f"cannot store checkpoint: {name} exists already")
                 note.touch()
                 self._upload(staged, name)
-                note.unlink()
-                os.rename(staged, self._root / name)
         except BaseException:
             self.discard(staged)
             raise
-        self._make_room()
-        if time.time() - self._cleaned_s > SPARED_S:
-            self._clean()
+        finally:
+            self._uploading.discard(name)
+        # It is stored: what goes wrong from here on must not make the save a failed one.
+        with _told():
+            note.unlink()
+            os.rename(staged, self._root / name)
+        self.discard(staged)  # where it could not become the copy on this disk
+        with _told():
+            self._make_room()
+        with _told():
+            if time.time() - self._cleaned_s > SPARED_S:
+                self._clean()
         return size_bytes
 
     def verify(self, name: str) -> Path:
-        with self._locks.setdefault(name, threading.Lock()):
+        with self._guard:
+            lock = self._locks.setdefault(name, threading.Lock())
+        with lock:
             try:
                 directory = super().verify(name)
             except (NotFound, DamagedFile) as error:
@@ -134,7 +147,8 @@ class RemoteFiles(CheckpointFiles, OwnThreads):
                 super().delete(name)
                 directory = self._download(name)
             os.utime(directory)
-        self._make_room()
+        with _told():
+            self._make_room()
         return directory
 
     def fetch(self, name: str) -> Path:
@@ -162,7 +176,6 @@ class RemoteFiles(CheckpointFiles, OwnThreads):
     def delete(self, name: str) -> None:
         with _errors("cannot delete checkpoint"):
             self._remove(name)
-        self._locks.pop(name, None)
         super().delete(name)
 
     def names(self) -> set[str]:
@@ -221,9 +234,11 @@ class RemoteFiles(CheckpointFiles, OwnThreads):
     def _clean(self) -> None:
         """Removes what was left of uploads, also by servers that are gone."""
         self._cleaned_s = time.time()
+        # As it was before the listing: what ends meanwhile is listed without its manifest.
+        spared = set(self._uploading)
         with _errors("cannot clean the checkpoint storage"):
             for name, files in self._listing().items():
-                if MANIFEST in files or not ids.is_directory(name):
+                if MANIFEST in files or name in spared or not ids.is_directory(name):
                     continue
                 newest_s = max(
                     self._remote.modified(f"{self._prefix}/{name}/{file}").timestamp()
@@ -261,6 +276,15 @@ def _errors(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise StorageError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Around what may fail without harm."""
+    try:
+        yield
+    except (OSError, StorageError) as error:
+        log.warning("checkpoint.not_tidied", error=str(error))
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
