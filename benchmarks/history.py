@@ -135,7 +135,7 @@ class History:
             )
             await self.database.write(futures.insert, new, utcnow())
             await self.database.write(futures.finish, new.request_id, DONE, utcnow())
-        await self.database.write(futures.drop_bytes, session)
+        await self.database.write(futures.drop_bytes_of_session, session, "", 200)
 
     async def pending(self) -> None:
         assert await self.database.read(futures.pending, FutureKind.SAMPLE) == []

@@ -4,6 +4,8 @@ sessions that have ended."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import structlog
@@ -18,7 +20,16 @@ log = structlog.get_logger(__name__)
 
 _ROUND_S = 10.0
 _BATCH = 200
-"""Results deleted in one transaction: an accepted request must not wait for more."""
+"""Promises in one transaction: an accepted request must not wait for more."""
+
+
+@dataclass(eq=False)
+class _Ended:
+    """A session that has ended and may have bytes left: those of promises from ``after`` on (None:
+    all were gone through), and of those that were ``unsettled`` when it was looked at last."""
+
+    after: str | None = ""
+    unsettled: set[str] = field(default_factory=set)
 
 
 class Janitor:
@@ -26,8 +37,7 @@ class Janitor:
         self._database = database
         self._promises = promises
         self._kept = timedelta(seconds=results_kept_s)
-        self._ended: set[str] = set()
-        """Sessions some of whose samples still run."""
+        self._ended: dict[str, _Ended] = {}
         self._delivered: list[str] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -55,9 +65,29 @@ class Janitor:
 
     async def session_ended(self, session_id: str) -> None:
         """Deletes its bytes now, and those of what still runs once it is settled."""
-        self._ended.add(session_id)
-        if not await self._database.write(futures.drop_bytes, session_id):
-            self._ended.discard(session_id)
+        ended = self._ended.setdefault(session_id, _Ended())
+        pending = await self._database.read(futures.pending_of_session, session_id)
+        settled = ended.unsettled - pending
+        ended.unsettled |= pending
+        while ended.after is not None:
+            ended.after = await self._database.write(
+                futures.drop_bytes_of_session, session_id, ended.after, _BATCH
+            )
+        await self._drop_bytes(sorted(settled))
+        ended.unsettled = pending
+        if not pending:
+            self._ended.pop(session_id, None)
+
+    async def finish_ended(self) -> None:
+        """Of sessions that ended in the moment in which an earlier server did."""
+        for session_id in await self._database.read(futures.ended_sessions_with_pending):
+            error = f"session {session_id} has ended"
+            await self._database.write(futures.fail_pending_of_session, session_id, error, utcnow())
+        await self._drop_bytes(await self._database.read(futures.bytes_of_ended_sessions))
+
+    async def _drop_bytes(self, request_ids: Sequence[str]) -> None:
+        for start in range(0, len(request_ids), _BATCH):
+            await self._database.write(futures.drop_bytes, request_ids[start : start + _BATCH])
 
     async def _run(self) -> None:
         while True:

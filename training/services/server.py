@@ -176,7 +176,7 @@ class Server:
 
     async def _recover(self) -> None:
         """Goes on where an earlier process stopped, however it stopped."""
-        await self._finish_ended_sessions()
+        await self.janitor.finish_ended()
         await self._collect_garbage()
         await self.database.write(
             futures.fail_orphans, "its model had ended when the server started again", utcnow()
@@ -193,13 +193,6 @@ class Server:
         if guilty:
             log.warning("server.ran_out_of_memory", request_ids=guilty)
             await self.database.write(operations.note_deaths, guilty, only_pending=True)
-
-    async def _finish_ended_sessions(self) -> None:
-        """Of those that ended in the moment in which the server did."""
-        for session_id in await self.database.read(futures.sessions_with_leftovers):
-            error = f"session {session_id} has ended"
-            await self.database.write(futures.fail_pending_of_session, session_id, error, utcnow())
-            await self.database.write(futures.drop_bytes, session_id)
 
     async def _resume_sample(self, stored: futures.Payload) -> None:
         try:

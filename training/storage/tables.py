@@ -95,13 +95,23 @@ futures = sa.Table(
     sa.UniqueConstraint("scope", "seq"),
     # Few futures are pending at any time, however long the history grows.
     sa.Index(
+        "ix_futures_pending_scope",
+        "scope",
+        "seq",
+        sqlite_where=sa.text("status = 'pending'"),
+        postgresql_where=sa.text("status = 'pending'"),
+    ),
+    # With the status, or SQLite would take the index of the session's whole history.
+    sa.Index(
         "ix_futures_pending",
         "status",
+        "session_id",
         sqlite_where=sa.text("status = 'pending'"),
         postgresql_where=sa.text("status = 'pending'"),
     ),
     sa.Index("ix_futures_scope_completion", "scope", "completion"),
-    sa.Index("ix_futures_session_id", "session_id"),
+    # The second column: a session's promises are gone through a piece at a time.
+    sa.Index("ix_futures_session_id", "session_id", "request_id"),
     # Results that were fetched and still take room.
     sa.Index(
         "ix_futures_delivered_at",
@@ -173,6 +183,7 @@ checkpoints = sa.Table(
     sa.Column("public", sa.Boolean, nullable=False),
     sa.Column("expires_at", UtcDateTime),
     sa.Index(None, "training_run_id", "created_at"),
+    sa.Index(None, "training_run_id", "kind", "created_at"),
     sa.Index(None, "owner", "created_at"),
     sa.Index(None, "expires_at"),
 )

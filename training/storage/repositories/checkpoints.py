@@ -65,10 +65,17 @@ def of_run(connection: sa.Connection, training_run_id: str) -> list[Checkpoint]:
 def latest_of_run(
     connection: sa.Connection, training_run_id: str
 ) -> Mapping[CheckpointKind, Checkpoint]:
-    newest: dict[CheckpointKind, Checkpoint] = {}
-    for checkpoint in of_run(connection, training_run_id):
-        newest.setdefault(checkpoint.kind, checkpoint)
-    return newest
+    """Of each kind the newest one, however many there are."""
+    newest = (
+        sa.select(table)
+        .where(table.c.training_run_id == training_run_id, table.c.kind == kind)
+        .order_by(table.c.created_at.desc(), table.c.path)
+        .limit(1)
+        for kind in CheckpointKind
+    )
+    query = sa.union_all(*(sa.select(each.subquery()) for each in newest))
+    found = [_checkpoint(dict(row)) for row in connection.execute(query).mappings()]
+    return {checkpoint.kind: checkpoint for checkpoint in found}
 
 
 def page(connection: sa.Connection, owner: str, limit: int, offset: int) -> list[Checkpoint]:

@@ -19,10 +19,10 @@ from training.core.records import (
     NewFuture,
     SessionStatus,
 )
+from training.storage.repositories.operations import IS_PENDING
 from training.storage.repositories.rows import (
     MAX_PARAMETERS,
     Row,
-    count,
     every,
     first,
     insert_new,
@@ -48,10 +48,7 @@ class Payload(NamedTuple):
 _INSERT_PAYLOAD = sa.insert(payloads)
 _INSERT_RESULT = sa.insert(results)
 _DELETE_PAYLOAD = sa.delete(payloads).where(payloads.c.request_id == sa.bindparam("id_"))
-_IS_PENDING = (
-    table.c.request_id == sa.bindparam("id_"),
-    table.c.status == sa.literal_column(f"'{FutureStatus.PENDING}'"),
-)
+_IS_PENDING = (table.c.request_id == sa.bindparam("id_"), IS_PENDING)
 _PENDING = sa.select(table.c.scope, table.c.kind).where(*_IS_PENDING)
 _NEWEST = sa.select(sa.func.max(table.c.completion)).where(table.c.scope == sa.bindparam("scope_"))
 _FINISH = sa.update(table).where(*_IS_PENDING)
@@ -159,7 +156,7 @@ def pending(connection: sa.Connection, kind: FutureKind) -> list[Payload]:
     query = (
         _columns(payloads.c.content_type, payloads.c.body)
         .select_from(table.join(payloads, table.c.request_id == payloads.c.request_id))
-        .where(table.c.status == FutureStatus.PENDING, table.c.kind == kind)
+        .where(IS_PENDING, table.c.kind == kind)
         .order_by(table.c.created_at, table.c.seq)
     )
     found = []
@@ -172,7 +169,7 @@ def pending(connection: sa.Connection, kind: FutureKind) -> list[Payload]:
 
 def unsettled(connection: sa.Connection) -> list[Future]:
     """Every unsettled promise, without its payload."""
-    query = _columns().where(table.c.status == FutureStatus.PENDING)
+    query = _columns().where(IS_PENDING)
     return [_future(row) for row in every(connection, query)]
 
 
@@ -182,7 +179,7 @@ def fail_pending(
     """Fails every unsettled promise of which ``where`` is true; returns how many."""
     statement = (
         sa.update(table)
-        .where(table.c.status == FutureStatus.PENDING, *where)
+        .where(IS_PENDING, *where)
         .values(
             status=FutureStatus.FAILED,
             error=error,
@@ -199,20 +196,32 @@ def fail_pending_of_session(
     return fail_pending(connection, error, at, table.c.session_id == session_id)
 
 
-def drop_bytes(connection: sa.Connection, session_id: str) -> int:
-    """Deletes payloads and results of a session's settled promises; the rows remain. Returns how
-    many promises are not settled."""
-    settled = sa.select(table.c.request_id).where(
-        table.c.session_id == session_id, table.c.status != FutureStatus.PENDING
-    )
+def pending_of_session(connection: sa.Connection, session_id: str) -> set[str]:
+    query = sa.select(table.c.request_id).where(table.c.session_id == session_id, IS_PENDING)
+    return set(connection.execute(query).scalars())
+
+
+def drop_bytes(connection: sa.Connection, request_ids: Sequence[str]) -> None:
+    """Deletes payloads and results, of at most ``MAX_PARAMETERS`` promises; the rows remain."""
     for bytes_of in (payloads, results):
-        connection.execute(sa.delete(bytes_of).where(bytes_of.c.request_id.in_(settled)))
-    return count(
-        connection,
-        table,
-        table.c.session_id == session_id,
-        table.c.status == FutureStatus.PENDING,
+        connection.execute(sa.delete(bytes_of).where(bytes_of.c.request_id.in_(request_ids)))
+
+
+def drop_bytes_of_session(
+    connection: sa.Connection, session_id: str, after: str, limit: int
+) -> str | None:
+    """Those of its next ``limit`` promises that are settled. Returns where to go on, None at the
+    end."""
+    query = (
+        sa.select(table.c.request_id, table.c.status)
+        .where(table.c.session_id == session_id, table.c.request_id > after)
+        .order_by(table.c.request_id)
+        .limit(limit)
     )
+    found = connection.execute(query).all()
+    settled = [request_id for request_id, status in found if status != FutureStatus.PENDING]
+    drop_bytes(connection, settled)
+    return found[-1][0] if len(found) == limit else None
 
 
 def fail_orphans(connection: sa.Connection, error: str, at: datetime) -> int:
@@ -227,22 +236,27 @@ def fail_orphans(connection: sa.Connection, error: str, at: datetime) -> int:
     return fail_pending(connection, error, at, sa.or_(no_model, no_request))
 
 
-def sessions_with_leftovers(connection: sa.Connection) -> list[str]:
-    """Sessions that have ended and still have unsettled promises, payloads or results."""
-    ended = sa.select(table.c.session_id).join(
-        sessions,
-        sa.and_(
-            sessions.c.session_id == table.c.session_id,
-            sessions.c.status != SessionStatus.ACTIVE,
-        ),
-    )
+def ended_sessions_with_pending(connection: sa.Connection) -> list[str]:
+    query = _of_ended(table.c.session_id).where(IS_PENDING).distinct()
+    return list(connection.execute(query).scalars())
+
+
+def bytes_of_ended_sessions(connection: sa.Connection) -> list[str]:
+    """Promises of sessions that have ended which still have a payload or a result."""
+    # From the bytes, which are few, not from the history, which is long.
+    ended = _of_ended(table.c.request_id)
     query = sa.union(
-        ended.where(table.c.status == FutureStatus.PENDING),
-        # From the bytes, which are few, not from the history, which is long.
         ended.join(payloads, payloads.c.request_id == table.c.request_id),
         ended.join(results, results.c.request_id == table.c.request_id),
     )
     return list(connection.execute(query).scalars())
+
+
+def _of_ended(column: sa.Column[str]) -> sa.Select[str]:
+    ended = sa.and_(
+        sessions.c.session_id == table.c.session_id, sessions.c.status != SessionStatus.ACTIVE
+    )
+    return sa.select(column).select_from(table).join(sessions, ended)
 
 
 def mark_delivered(connection: sa.Connection, request_ids: Sequence[str], at: datetime) -> None:

@@ -95,11 +95,7 @@ def pending_by_model(connection: sa.Connection) -> dict[str, int]:
     """Per model with unsettled operations, how many there are."""
     query = (
         sa.select(table.c.model_id, sa.func.count())
-        .where(
-            table.c.status == FutureStatus.PENDING,
-            table.c.model_id.is_not(None),
-            table.c.kind != FutureKind.SAMPLE,
-        )
+        .where(IS_PENDING, table.c.model_id.is_not(None), table.c.kind != FutureKind.SAMPLE)
         .group_by(table.c.model_id)
     )
     return {row[0]: int(row[1]) for row in connection.execute(query)}
@@ -107,9 +103,7 @@ def pending_by_model(connection: sa.Connection) -> dict[str, int]:
 
 def has_pending_until(connection: sa.Connection, model_id: str, seq: int) -> bool:
     query = sa.select(table.c.request_id).where(
-        table.c.scope == model_scope(model_id),
-        table.c.seq <= seq,
-        table.c.status == FutureStatus.PENDING,
+        table.c.scope == model_scope(model_id), table.c.seq <= seq, IS_PENDING
     )
     return first(connection, query.limit(1)) is not None
 
