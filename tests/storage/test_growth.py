@@ -90,6 +90,10 @@ async def test_all_that_is_pending_is_found_without_the_history(database: Databa
     for find in (futures.unsettled, operations.pending_by_model):
         (plan,) = await plans(database, find)
         assert "ix_futures_pending" in plan
+    (failing, *_) = await plans(
+        database, lambda c: futures.fail_pending_of_session(c, "s", "ended", utcnow())
+    )
+    assert "ix_futures_pending" in failing
 
 
 async def test_the_bytes_of_a_session_go_a_piece_at_a_time(database: Database) -> None:
@@ -114,6 +118,27 @@ async def drop(database: Database, after: str) -> str | None:
 async def num_rows(database: Database, table: sa.Table) -> int:
     query = sa.select(sa.func.count()).select_from(table)
     return await database.read(lambda c: int(c.execute(query).scalar_one()))
+
+
+async def test_promises_that_are_failed_together_are_listed_as_completed(
+    database: Database,
+) -> None:
+    """In the order in which they were accepted, after what had completed before."""
+    await database.write(futures.insert, new_future(9000, "sampler", 0), utcnow())
+    failed = await database.write(futures.fail_pending_of_session, "s", "ended", utcnow())
+    assert failed == 3
+    found = await database.read(futures.completions, "model:m", NUM_SETTLED, 0, 10**6, 10)
+    assert [(each.request_id, each.completion, each.status) for each in found] == [
+        (f"req-{NUM_SETTLED + number}", NUM_SETTLED + 1 + number, FutureStatus.FAILED)
+        for number in (0, 1)
+    ]
+    (other,) = await database.read(futures.completions, "sampler", 0, 0, 10, 10)
+    assert (other.request_id, other.completion) == ("req-9000", 1)
+    result = await database.read(futures.result, "req-9000")
+    assert result is not None
+    assert (result.status, result.error) == (FutureStatus.FAILED, "ended")
+    ended = await database.read(futures.pending_of_session, "s")
+    assert ended == set()
 
 
 async def test_the_newest_checkpoints_of_a_run_are_read_alone(database: Database) -> None:

@@ -124,8 +124,7 @@ def finish(
     row = connection.execute(_PENDING, {"id_": request_id}).mappings().first()
     if row is None:
         return None
-    newest = connection.execute(_NEWEST, {"scope_": row["scope"]}).scalar_one()
-    completion = int(newest or 0) + 1
+    completion = _newest(connection, row["scope"]) + 1
     is_done = outcome.status is FutureStatus.DONE
     values = {
         "status": outcome.status,
@@ -149,6 +148,10 @@ def finish(
     if not (is_done and row["kind"] in STATEFUL_KINDS):
         connection.execute(_DELETE_PAYLOAD, {"id_": request_id})
     return completion
+
+
+def _newest(connection: sa.Connection, scope: str) -> int:
+    return int(connection.execute(_NEWEST, {"scope_": scope}).scalar_one() or 0)
 
 
 def pending(connection: sa.Connection, kind: FutureKind) -> list[Payload]:
@@ -176,18 +179,28 @@ def unsettled(connection: sa.Connection) -> list[Future]:
 def fail_pending(
     connection: sa.Connection, error: str, at: datetime, *where: sa.ColumnElement[bool]
 ) -> int:
-    """Fails every unsettled promise of which ``where`` is true; returns how many."""
-    statement = (
-        sa.update(table)
+    """Fails every unsettled promise of which ``where`` is true, as ``finish`` would; returns how
+    many."""
+    query = (
+        sa.select(table.c.request_id, table.c.scope)
         .where(IS_PENDING, *where)
-        .values(
-            status=FutureStatus.FAILED,
-            error=error,
-            category=ErrorCategory.USER,
-            finished_at=at,
-        )
+        .order_by(table.c.created_at, table.c.seq)
     )
-    return connection.execute(statement).rowcount
+    failure = {
+        "status": FutureStatus.FAILED,
+        "error": error,
+        "category": ErrorCategory.USER,
+        "finished_at": at,
+    }
+    newest: dict[str, int] = {}
+    changes = []
+    for request_id, scope in connection.execute(query).all():
+        newest[scope] = 1 + (newest[scope] if scope in newest else _newest(connection, scope))
+        changes.append({"id_": request_id, "completion": newest[scope], **failure})
+    if changes:
+        connection.execute(_FINISH, changes)
+        connection.execute(_DELETE_PAYLOAD, [{"id_": change["id_"]} for change in changes])
+    return len(changes)
 
 
 def fail_pending_of_session(
