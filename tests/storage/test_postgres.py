@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+import socket
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -13,8 +14,9 @@ import sqlalchemy as sa
 from tests.postgres import PostgresServer, execute, fresh_database, running_postgres
 from tests.storage.proxy import Cut, Proxy, running_proxy
 from training.core.errors import ConfigError, InvalidRequest, StorageError
-from training.storage import lock
+from training.storage import lock, postgres
 from training.storage.database import Database
+from training.storage.postgres import Postgres
 
 TERMINATE = (
     "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
@@ -51,8 +53,12 @@ async def proxy(server: PostgresServer) -> AsyncIterator[Proxy]:
 
 
 @pytest.fixture
-async def far_database(url: str, proxy: Proxy) -> AsyncIterator[Database]:
-    """On the other side of ``proxy``."""
+async def far_database(
+    url: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Database]:
+    """On the other side of ``proxy``; who gets no answer there is impatient."""
+    monkeypatch.setattr(postgres, "_COMMAND_TIMEOUT_S", 5.0)
+    monkeypatch.setattr(postgres, "_CONNECT_TIMEOUT_S", 5.0)
     name = sa.make_url(url).database
     database = Database(f"postgresql://postgres@127.0.0.1:{proxy.port}/{name}?sslmode=disable")
     await database.start()
@@ -165,6 +171,64 @@ async def test_a_commit_that_was_sent_to_a_dying_server_is_settled_by_the_next(
         server.start()
     assert await writing == 2
     assert await far_database.read(logged) == [1, 2]
+
+
+async def test_a_server_that_is_silent_is_left_and_found_again(
+    far_database: Database, proxy: Proxy
+) -> None:
+    """Its connections stay open and answer nothing; new ones work, as after a failover."""
+    assert await far_database.write(add, 1) == 1
+    assert await asyncio.gather(*(far_database.read(logged) for _ in range(6))) == 6 * [[1]]
+    proxy.go_dark()
+    outcomes = await asyncio.gather(
+        *(far_database.write(add, number) for number in range(2, 9)),
+        *(far_database.read(lock_holders) for _ in range(6)),
+    )
+    assert outcomes[:7] == list(range(2, 9))
+    assert await far_database.read(logged) == list(range(1, 9)), "each of them once"
+
+
+async def test_a_server_that_stays_silent_is_told_in_words(
+    far_database: Database, proxy: Proxy
+) -> None:
+    assert await far_database.write(add, 1) == 1
+    proxy.is_dark = True
+    proxy.go_dark()
+    for call in (far_database.write(add, 2), far_database.read(logged)):
+        with pytest.raises(StorageError, match=r"failed: \S"):
+            await call
+    proxy.is_dark = False
+    assert await far_database.write(add, 3) == 3
+    assert await far_database.read(logged) == [1, 3]
+
+
+async def test_an_end_does_not_wait_for_a_database_that_is_away(
+    server: PostgresServer, far_database: Database, proxy: Proxy
+) -> None:
+    assert await far_database.write(add, 1) == 1
+    proxy.next_commit = Cut.BEFORE
+    writing = asyncio.create_task(far_database.write(add, 2))
+    await proxy.was_cut.wait()
+    server.stop(signal.SIGQUIT)
+    try:
+        await asyncio.wait_for(far_database.close(), 60.0)  # only bounds a failure
+        with pytest.raises(StorageError, match="write failed"):
+            await writing
+    finally:
+        server.start()
+
+
+async def test_sockets_notice_that_the_other_machine_is_gone(far_database: Database) -> None:
+    connections = far_database._connections
+    assert isinstance(connections, Postgres)
+    for engine in (connections._writer, connections._reader):
+        async with engine.connect() as connection:
+            raw = (await connection.get_raw_connection()).driver_connection
+            found = raw._transport.get_extra_info("socket")  # type: ignore[union-attr]
+            assert found.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            for name, value in postgres._WATCH.items():
+                if hasattr(socket, name):
+                    assert found.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) == value
 
 
 async def test_who_lost_the_lock_writes_no_more(

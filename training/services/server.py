@@ -171,6 +171,7 @@ class Server:
         """Lets what runs end and saves the models that train, within ``durability.drain_s``."""
         self.stop_waiting()
         await self.hosts.drain(self.config.durability.drain_s)
+        self.database.stop_waiting()
         await self._running.aclose()
         log.info("server.closed")
 

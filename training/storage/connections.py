@@ -41,9 +41,19 @@ FAILURES = (sa.exc.DBAPIError, sa.exc.TimeoutError, OSError)
 """Of the database or the way to it; asyncpg raises ``OSError`` where nobody listens."""
 
 
+def reason_of(error: BaseException) -> str:
+    """What the driver says, without the statement; never empty, as timeouts are."""
+    if isinstance(error, sa.exc.DBAPIError):
+        return reason_of(error.orig) if error.orig is not None else str(error)
+    return str(error) or ("no answer in time" if isinstance(error, TimeoutError) else repr(error))
+
+
 class Connections(Protocol):
     async def open(self) -> None:
         """Takes the database for this process alone; raises ``StorageError`` or ``FAILURES``."""
+
+    async def upgrade(self, run: Run[T]) -> T:
+        """As ``transact``, before anything else runs, and however long it takes."""
 
     async def transact(self, run: Run[T]) -> T:
         """Runs in one transaction; returns once it is committed. One at a time.
@@ -56,6 +66,9 @@ class Connections(Protocol):
 
     def trouble(self) -> str | None:
         """Why new writes had better not wait; None in good days."""
+
+    def stop_waiting(self) -> None:
+        """From now on nothing waits until a database that is away is back."""
 
     async def close(self) -> None: ...
 
@@ -77,6 +90,9 @@ class Sqlite:
         await in_thread(self._lock.acquire)
         await self.transact(_check)
 
+    async def upgrade(self, run: Run[T]) -> T:
+        return await self.transact(run)
+
     async def transact(self, run: Run[T]) -> T:
         return await self._in(self._write_thread, _begin_and_run, self._writer, run)
 
@@ -85,6 +101,9 @@ class Sqlite:
 
     def trouble(self) -> str | None:
         return None
+
+    def stop_waiting(self) -> None:
+        """Who waits for another process waits ``BUSY_TIMEOUT_S`` at most."""
 
     async def close(self) -> None:
         for threads in (self._write_thread, self._read_threads):

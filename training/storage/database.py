@@ -17,10 +17,10 @@ import sqlalchemy as sa
 import structlog
 from alembic import command
 from alembic.config import Config
-from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError
+from sqlalchemy.exc import ArgumentError, DataError, IntegrityError
 
 from training.core.errors import ConfigError, InvalidRequest, StorageError
-from training.storage.connections import FAILURES, Connections, Sqlite
+from training.storage.connections import FAILURES, Connections, Sqlite, reason_of
 from training.storage.postgres import Postgres
 
 log = structlog.get_logger(__name__)
@@ -80,16 +80,24 @@ class Database:
         self._connections = CONNECTIONS[self._url.drivername.split("+")[0]](self._url)
         try:
             await self._connections.open()
-            await self._connections.transact(_upgrade)
+            await self._connections.upgrade(_upgrade)
         except BaseException as error:
             await self.close()
             if not isinstance(error, (*FAILURES, StorageError)):
                 raise
-            raise StorageError(f"cannot open database {self._shown()}: {_reason(error)}") from error
+            raise StorageError(
+                f"cannot open database {self._shown()}: {reason_of(error)}"
+            ) from error
         self._task = asyncio.create_task(self._commit_groups(), name="database-writer")
 
+    def stop_waiting(self) -> None:
+        """The server is about to end: a database that is away is not waited for any longer."""
+        if self._connections is not None:
+            self._connections.stop_waiting()
+
     async def close(self) -> None:
-        """Commits what is waiting, then lets go of the database."""
+        """Commits what is waiting, unless the database is away; then lets go of it."""
+        self.stop_waiting()
         if self._task is not None:
             await self._queue.join()
             self._task.cancel()
@@ -106,7 +114,7 @@ class Database:
         except _MISFITS as error:
             raise _misfit(error) from error
         except FAILURES as error:
-            raise StorageError(f"database read failed: {_reason(error)}") from error
+            raise StorageError(f"database read failed: {reason_of(error)}") from error
 
     async def write(self, statement: Statement[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs ``statement`` in a transaction and returns once it is committed.
@@ -200,8 +208,8 @@ def _settle(done: asyncio.Future[Any], outcome: _Outcome) -> None:
     elif isinstance(error, _MISFITS):
         done.set_exception(_misfit(error))
     elif _is_failure(error):
-        log.error("database.write_failed", error=_reason(error))
-        done.set_exception(StorageError(f"database write failed: {_reason(error)}"))
+        log.error("database.write_failed", error=reason_of(error))
+        done.set_exception(StorageError(f"database write failed: {reason_of(error)}"))
     else:
         done.set_exception(error)
 
@@ -213,11 +221,7 @@ def _is_failure(error: Exception) -> bool:
 
 def _misfit(error: Exception) -> InvalidRequest:
     """Repeating it would not help, so it is the request's fault and no failure."""
-    return InvalidRequest(f"a value of the request cannot be stored: {_reason(error)[:300]}")
-
-
-def _reason(error: BaseException) -> str:
-    return str(error.orig) if isinstance(error, DBAPIError) else str(error)
+    return InvalidRequest(f"a value of the request cannot be stored: {reason_of(error)[:300]}")
 
 
 def _upgrade(connection: Connection) -> None:

@@ -16,6 +16,7 @@ import inspect
 import os
 import socket
 import uuid
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from training.core.errors import ConfigError, StorageError
 from training.storage import lock
-from training.storage.connections import FAILURES, NUM_READERS, Run
+from training.storage.connections import FAILURES, NUM_READERS, Run, reason_of
 
 log = structlog.get_logger(__name__)
 
@@ -34,8 +35,20 @@ T = TypeVar("T")
 
 _LOCK_KEY = 0x74696E6B6572  # "tinker"; advisory locks belong to one database
 _CONNECT_TIMEOUT_S = 10.0
-_COMMAND_TIMEOUT_S = 300.0
-"""Only bounds a server that is gone without a word."""
+_COMMAND_TIMEOUT_S = 30.0
+"""Of a statement; a server that gives no answer for so long is lost. Most that are gone are noticed
+sooner, by ``_WATCH``."""
+_POOL_TIMEOUT_S = 2 * _COMMAND_TIMEOUT_S
+"""All connections may be lost at once: who waits for one outlasts that."""
+_CLOSE_TIMEOUT_S = 5.0
+_WATCH = {
+    "TCP_KEEPIDLE": 10,
+    "TCP_KEEPINTVL": 5,
+    "TCP_KEEPCNT": 3,
+    "TCP_USER_TIMEOUT": 20_000,
+}
+"""Of sockets, where the system knows them: who waits for an answer learns within 25 s that the
+other machine, or the way to it, is gone."""
 _POLL_S = 0.1
 _MAX_RETRY_DELAY_S = 5.0
 
@@ -60,10 +73,11 @@ class Postgres:
         # It names this process to people, and to itself after a lost connection.
         name = f"tinkercloud {socket.gethostname()[:20]} pid {os.getpid()} {uuid.uuid4().hex[:8]}"
         self._name = name[:63]
-        url = _for_asyncpg(url)
-        self._writer = _engine(url, self._name, 1)
+        self._url = url = _for_asyncpg(url)
+        limit_s = _COMMAND_TIMEOUT_S
+        self._writer = _engine(url, self._name, 1, limit_s)
         self._reader = _engine(
-            url, f"{name[:55]} reader", NUM_READERS, default_transaction_read_only="on"
+            url, f"{name[:55]} reader", NUM_READERS, limit_s, default_transaction_read_only="on"
         ).execution_options(isolation_level="REPEATABLE READ")
         self._trouble: str | None = None
         self._closing = asyncio.Event()
@@ -92,6 +106,15 @@ class Postgres:
             log.warning("database.fsync_off", risk="a power cut may lose what was acknowledged")
         log.info("database.opened", synchronous_standbys=standbys)
 
+    async def upgrade(self, run: Run[T]) -> T:
+        """On a connection of its own without a limit; that of the writer holds the lock."""
+        engine = _engine(self._url, f"{self._name[:54]} upgrade", 1, limit_s=None)
+        try:
+            async with engine.begin() as connection:
+                return await connection.run_sync(run)
+        finally:
+            await engine.dispose()
+
     async def transact(self, run: Run[T]) -> T:
         """Once more where the connection turns out to be lost, as after the server's restart."""
         try:
@@ -114,10 +137,15 @@ class Postgres:
     def trouble(self) -> str | None:
         return self._trouble
 
-    async def close(self) -> None:
+    def stop_waiting(self) -> None:
         self._closing.set()
-        await self._writer.dispose()
-        await self._reader.dispose()
+
+    async def close(self) -> None:
+        self.stop_waiting()
+        for engine in (self._writer, self._reader):
+            with suppress(TimeoutError):  # of a server that is gone without a word
+                async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                    await engine.dispose()
 
     async def _read(self, run: Run[T]) -> T:
         async with self._reader.connect() as connection:
@@ -133,13 +161,13 @@ class Postgres:
                 await connection.execute(sa.update(_commits).values(token=token))
             except sa.exc.DBAPIError as error:
                 if error.connection_invalidated:
-                    raise _NotCommitted(str(error.orig)) from error
+                    raise _NotCommitted(reason_of(error)) from error
                 raise
             try:
                 await transaction.commit()
                 return result
             except FAILURES as error:
-                reason = str(error.orig) if isinstance(error, sa.exc.DBAPIError) else str(error)
+                reason = reason_of(error)
                 await connection.invalidate()
         if await self._was_committed(token, reason):
             return result
@@ -159,8 +187,9 @@ class Postgres:
                 except FAILURES as error:
                     if self._closing.is_set():
                         raise
-                    log.warning("database.unreachable", error=str(error))
-                    await asyncio.sleep(delay_s)
+                    log.warning("database.unreachable", error=reason_of(error))
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self._closing.wait(), delay_s)
                     delay_s = min(2 * delay_s, _MAX_RETRY_DELAY_S)
                 else:
                     log.info("database.commit_settled", committed=found == token)
@@ -207,15 +236,19 @@ class Postgres:
         return ", ".join(row["application_name"] for row in rows) or "unknown"
 
 
-def _engine(url: sa.URL, name: str, size: int, **settings: str) -> AsyncEngine:
+def _engine(
+    url: sa.URL, name: str, size: int, limit_s: float | None, **settings: str
+) -> AsyncEngine:
+    """``limit_s``: of a statement."""
     engine = create_async_engine(
         url,
         pool_size=size,
         max_overflow=0,
-        pool_timeout=60.0,
+        pool_timeout=_POOL_TIMEOUT_S,
         connect_args={
             "timeout": _CONNECT_TIMEOUT_S,
-            "command_timeout": _COMMAND_TIMEOUT_S,
+            "command_timeout": limit_s,
+            "connection_class": _watchful_connection(),
             "server_settings": {
                 "application_name": name,
                 # A server that lost its network gives its lock back within a minute.
@@ -229,8 +262,26 @@ def _engine(url: sa.URL, name: str, size: int, **settings: str) -> AsyncEngine:
         },
     )
     sa.event.listen(engine.sync_engine, "before_cursor_execute", _without_nul, retval=True)
-    sa.event.listen(engine.sync_engine, "handle_error", _as_data_error)
+    sa.event.listen(engine.sync_engine, "handle_error", _translated)
     return engine
+
+
+def _watchful_connection() -> type[Any]:
+    """The driver's, with sockets that notice when nobody is there any more."""
+    import asyncpg  # type: ignore[import-untyped]
+
+    class Watchful(asyncpg.Connection):  # type: ignore[misc]
+        def __init__(self, protocol: Any, transport: Any, *args: Any) -> None:
+            super().__init__(protocol, transport, *args)
+            found: socket.socket = transport.get_extra_info("socket")
+            if found.family == socket.AF_UNIX:
+                return
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in _WATCH.items():
+                if hasattr(socket, name):
+                    found.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    return Watchful
 
 
 def _without_nul(
@@ -245,17 +296,24 @@ def _clean(value: Any) -> Any:
     return value.replace("\0", "\ufffd") if isinstance(value, str) and "\0" in value else value
 
 
-def _as_data_error(context: sa.ExceptionContext) -> Exception | None:
-    """What says that a value fits no column (SQLSTATE 22...) under the name that it should have."""
+def _translated(context: sa.ExceptionContext) -> Exception | None:
+    """Errors under the names that they should have."""
     error = context.original_exception
-    if str(getattr(error, "sqlstate", "")).startswith("22"):
+    if str(getattr(error, "sqlstate", "")).startswith("22"):  # a value fits no column
         return sa.exc.DataError(context.statement, None, error)
+    if isinstance(error, TimeoutError) and context.connection is not None:
+        # The connection is lost: on it a ROLLBACK would wait as long once more.
+        context.is_disconnect = True
+        silence = TimeoutError("the database did not answer in time")
+        return sa.exc.OperationalError(
+            context.statement, None, silence, connection_invalidated=True
+        )
     return None
 
 
 def _for_asyncpg(url: sa.URL) -> sa.URL:
     """Also takes URLs in libpq's words: any driver, and ``sslmode``. Raises ``ConfigError``."""
-    import asyncpg  # type: ignore[import-untyped]
+    import asyncpg
 
     query = dict(url.query)
     if "sslmode" in query:
