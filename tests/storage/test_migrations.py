@@ -14,6 +14,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from training.backends.base import LoraSpec
+from training.core.errors import StorageError
 from training.core.ids import CheckpointKind, TinkerPath
 from training.core.records import FutureKind, FutureStatus, ModelStatus, SamplerKind, SessionStatus
 from training.storage.connections import Connections
@@ -218,6 +219,20 @@ async def test_an_upgrade_that_fails_changes_nothing(database_url: str) -> None:
         lambda connection: set(sa.inspect(connection).get_table_names())
     )
     assert tables <= {"last_commit"}
+    await connections.close()
+
+
+async def test_a_database_of_a_newer_version_is_left_alone_and_says_so(database_url: str) -> None:
+    await prepared(database_url, "head")
+    connections = await opened(database_url)
+    newer = "UPDATE alembic_version SET version_num = '9999'"
+    await connections.transact(lambda connection: connection.exec_driver_sql(newer))
+    await connections.close()
+    with pytest.raises(StorageError, match="newer version of tinkercloud") as raised:
+        await Database(database_url).start()
+    assert "\n" not in str(raised.value)
+    connections = await opened(database_url)
+    assert await connections.read(current) == "9999"
     await connections.close()
 
 

@@ -17,6 +17,8 @@ import sqlalchemy as sa
 import structlog
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy.exc import ArgumentError, DataError, IntegrityError
 
 from training.core.errors import ConfigError, InvalidRequest, StorageError
@@ -228,4 +230,11 @@ def _upgrade(connection: Connection) -> None:
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     config.attributes["connection"] = connection
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    found = MigrationContext.configure(connection).get_current_heads()
+    if not known.issuperset(found):
+        raise StorageError(
+            f"it was used by a newer version of tinkercloud (schema {', '.join(found)}; this one "
+            f"knows up to {max(known)}): use that one. Nothing was changed."
+        )
     command.upgrade(config, "head")
