@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sqlite3
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,12 +54,21 @@ def differing_lines(
     return []
 
 
+@contextmanager
+def copied_database(directory: Path) -> Iterator[Path]:
+    """Of a server that runs or will run again: a reader must not touch the log of its database."""
+    with tempfile.TemporaryDirectory() as folder:
+        for path in (directory / "metadata").glob("futures.db*"):
+            shutil.copy(path, folder)
+        yield Path(folder) / "futures.db"
+
+
 class Data:
     """The data of a server that has stopped. Opens its SQLite database read-only."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, database: Path | None = None) -> None:
         self._directory = directory
-        self._database = directory / "metadata" / "futures.db"
+        self._database = database or directory / "metadata" / "futures.db"
 
     def rows(self, query: str) -> list[tuple[Any, ...]]:
         with closing(sqlite3.connect(f"file:{self._database}?mode=ro", uri=True)) as connection:
@@ -101,7 +112,24 @@ class Data:
 
     def problems(self) -> list[str]:
         """Empty where every promise is kept and nothing is left over."""
-        return [*self._futures(), *self._models(), *self._directories(), *self._leftovers()]
+        return [
+            *self._futures(),
+            *self._models(),
+            *self._snapshots(),
+            *self._missing(),
+            *self._orphans(),
+            *self._leftovers(),
+        ]
+
+    def problems_between(self, is_orderly: bool) -> list[str]:
+        """Of a server that has ended and will start again, whatever became of its engines.
+
+        A killed one may leave directories without a row, finished or not: the next start removes
+        them. One that ended in order (``is_orderly``) leaves none, and neither leaves a row without
+        its directory, a snapshot of a model that has ended, or a run that is marked.
+        """
+        orphans = self._orphans() if is_orderly else ()
+        return [*self._corrupted(), *self._snapshots(), *self._missing(), *orphans]
 
     def _futures(self) -> Iterator[str]:
         for status, kind, number in self.rows(
@@ -117,26 +145,53 @@ class Data:
                 yield f"{scope} has {number} operations, numbered {first} to {last}"
 
     def _models(self) -> Iterator[str]:
-        for model_id, status, corrupted, fault in self.rows(
-            "SELECT model_id, status, corrupted, fault FROM models"
+        yield from self._corrupted()
+        for model_id, status in self.rows(
+            "SELECT model_id, status FROM models WHERE status != 'unloaded'"
         ):
-            if corrupted:
-                yield f"model {model_id} is marked corrupted: {fault}"
-            if status != "unloaded":
-                yield f"model {model_id} of an ended session is {status}"
+            yield f"model {model_id} of an ended session is {status}"
 
-    def _directories(self) -> Iterator[str]:
-        for table, place in (("checkpoints", "checkpoints"), ("snapshots", "metadata/snapshots")):
-            root = self._directory / place
-            on_disk = {path.name for path in root.iterdir() if not path.name.startswith(".")}
+    def _corrupted(self) -> Iterator[str]:
+        for model_id, fault in self.rows("SELECT model_id, fault FROM models WHERE corrupted"):
+            yield f"model {model_id} is marked corrupted: {fault}"
+
+    def _snapshots(self) -> Iterator[str]:
+        """Of models that have ended: rows, with their directories, that nobody would ever remove."""
+        for model_id, status, number in self.rows(
+            "SELECT model_id, coalesce(status, 'gone'), count(*) FROM snapshots "
+            "LEFT JOIN models USING (model_id) "
+            "WHERE coalesce(status, 'gone') NOT IN ('creating', 'ready') GROUP BY model_id, status"
+        ):
+            yield f"{number} snapshots of model {model_id} are kept, which is {status}"
+
+    def _missing(self) -> Iterator[str]:
+        for table, on_disk in self._on_disk():
             known = {directory for (directory,) in self.rows(f"SELECT directory FROM {table}")}
-            if orphans := on_disk - known:
-                yield f"{len(orphans)} directories of {table} have no row: {sorted(orphans)[:3]}"
             if missing := known - on_disk:
                 yield f"{len(missing)} {table} have no directory: {sorted(missing)[:3]}"
+
+    def _orphans(self) -> Iterator[str]:
+        """Samplers without a name have directories too, as long as their session is active."""
+        used = {
+            snapshot_id
+            for (snapshot_id,) in self.rows(
+                "SELECT snapshot_id FROM sampling_sessions JOIN sessions USING (session_id) "
+                "WHERE sessions.status = 'active'"
+            )
+        }
+        for table, on_disk in self._on_disk():
+            known = {directory for (directory,) in self.rows(f"SELECT directory FROM {table}")}
+            if orphans := on_disk - known - used:
+                yield f"{len(orphans)} directories of {table} have no row: {sorted(orphans)[:3]}"
         for staging in self._directory.rglob(".staging"):
             if left := list(staging.iterdir()):
                 yield f"{len(left)} unfinished directories are left in {staging}"
+
+    def _on_disk(self) -> Iterator[tuple[str, set[str]]]:
+        """Table -> directories in its place."""
+        for table, place in (("checkpoints", "checkpoints"), ("snapshots", "metadata/snapshots")):
+            root = self._directory / place
+            yield table, {path.name for path in root.iterdir() if not path.name.startswith(".")}
 
     def _leftovers(self) -> Iterator[str]:
         spill = self._directory / "metadata" / "spill"
@@ -155,7 +210,7 @@ def differing_runs(
     expected: Mapping[Run, list[Kept]], found: Mapping[Run, list[Kept]]
 ) -> list[str]:
     """Each run of ``found`` against the one of the undisturbed server; bytes and order."""
-    problems = []
+    problems = [f"{run.workload} {run.model} is missing" for run in expected if run not in found]
     for run, all_kept in found.items():
         wanted = expected[run][0] if run in expected else Kept({}, [])
         for number, kept in enumerate(all_kept):

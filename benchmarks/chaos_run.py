@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import random
-import shutil
 import signal
-import sqlite3
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, closing
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chaos_audit import Data, Kept, Run, differing_lines, differing_runs, lines_of
+from benchmarks.chaos_audit import (
+    Data,
+    Kept,
+    Run,
+    copied_database,
+    differing_lines,
+    differing_runs,
+    lines_of,
+)
 from benchmarks.chaos_moments import IN_RECOVERY, MOMENTS, Scene
 from benchmarks.chaos_relay import Relay
 from benchmarks.chaos_server import KilledServer, Target, until
@@ -101,7 +106,7 @@ class Trial:
     ) -> None:
         """``command`` starts the server; none: the usual way of the tests."""
         self._directory = directory
-        self._server = KilledServer(server_in(directory, config))
+        self._server = KilledServer(server_in(directory, config), self._audit)
         if command:
             self._server.server.command = tuple(command)
         self._workloads = workloads
@@ -189,17 +194,21 @@ class Trial:
             ended.cancel()
 
     def _pending(self) -> str:
-        """Read from a copy: a reader must not touch the log of a database that is in use."""
-        with tempfile.TemporaryDirectory() as folder:
-            for path in (self._directory / "metadata").glob("futures.db*"):
-                shutil.copy(path, folder)
-            with closing(sqlite3.connect(Path(folder) / "futures.db")) as connection:
-                rows = connection.execute(
-                    "SELECT scope, seq, kind, request_id, created_at FROM futures "
-                    "WHERE status = 'pending' ORDER BY scope, seq"
-                ).fetchall()
+        with copied_database(self._directory) as database:
+            rows = Data(self._directory, database).rows(
+                "SELECT scope, seq, kind, request_id, created_at FROM futures "
+                "WHERE status = 'pending' ORDER BY scope, seq"
+            )
         told = "\n".join(" ".join(map(str, row)) for row in rows) or "none"
         return f"pending promises:\n{told}\nlog:\n{self._server.server.log_tail(25)}"
+
+    def _audit(self, is_orderly: bool) -> list[str]:
+        """Of an end between two starts; before its first database there is nothing to look at."""
+        with copied_database(self._directory) as database:
+            data = Data(self._directory, database)
+            if not database.exists() or not data.rows("SELECT 1 FROM sqlite_master LIMIT 1"):
+                return []
+            return data.problems_between(is_orderly)
 
     # ----------------------------------------------------------------- kills
 
@@ -247,8 +256,10 @@ class Trial:
         while not (victims := self._server.kill(kill.target, gap_s)):  # noqa: ASYNC110
             await asyncio.sleep(_LOOK_S)
         kill.at_s = time.monotonic()
+        if kill.target is Target.BOTH and len(victims) == 1:
+            (kill.target,) = victims  # the other one was not there
         if kill.target is not Target.STOP:
-            await until(lambda: not any(victim.is_alive() for victim in victims))
+            await until(lambda: not any(victim.is_alive() for victim in victims.values()))
 
 
 def differences(undisturbed: Outcome, killed: Outcome) -> list[str]:
@@ -258,4 +269,8 @@ def differences(undisturbed: Outcome, killed: Outcome) -> list[str]:
         (expected,) = undisturbed.lines[name]
         for number, found in enumerate(rounds):
             problems += differing_lines(expected, found, f"{name}, round {number},")
+    for run, kept in killed.kept.items():
+        num_rounds = len(killed.lines.get(run.workload, ()))
+        if len(kept) != num_rounds:
+            problems.append(f"{run.workload} {run.model}: {len(kept)} runs of {num_rounds} rounds")
     return [*problems, *differing_runs(undisturbed.kept, killed.kept)]

@@ -56,17 +56,25 @@ class Process:
     def is_alive(self) -> bool:
         return _started(self.pid) == self.started
 
-    def send(self, signal_number: signal.Signals) -> None:
+    def send(self, signal_number: signal.Signals) -> bool:
+        """Whether there was still somebody to get it."""
         with suppress(ProcessLookupError):
             if self.is_alive():
                 os.kill(self.pid, signal_number)
+                return True
+        return False
 
 
 class KilledServer:
-    """Starts ``server`` again whenever it is gone, as a service manager would."""
+    """Starts ``server`` again whenever it is gone, as a service manager would.
 
-    def __init__(self, server: Server) -> None:
+    ``audit`` looks at what an end left behind before the next start, and returns what is wrong; its
+    argument: whether the server had ended in order.
+    """
+
+    def __init__(self, server: Server, audit: Callable[[bool], list[str]]) -> None:
         self.server = server
+        self._audit = audit
         self.num_starts = 0
         self.engines: set[Process] = set()
         """Every engine that was ever seen."""
@@ -98,18 +106,21 @@ class KilledServer:
                     self.engines.add(found[target])
         return found
 
-    def kill(self, target: Target, gap_s: float = 0.0) -> list[Process]:
+    def kill(self, target: Target, gap_s: float = 0.0) -> dict[Target, Process]:
         """Returns whom it met; BOTH kills the engine first and the API ``gap_s`` later."""
         found = self.processes()
-        victims = [each for each in _VICTIMS[target] if each in found]
-        for number, each in enumerate(victims):
-            if number:
+        met: dict[Target, Process] = {}
+        for each in _VICTIMS[target]:
+            if each not in found:
+                continue
+            if met:
                 time.sleep(gap_s)
             if each is Target.API:
                 self._ended_by = target
             is_asked = target is Target.STOP
-            found[each].send(signal.SIGTERM if is_asked else signal.SIGKILL)
-        return [found[each] for each in victims]
+            if found[each].send(signal.SIGTERM if is_asked else signal.SIGKILL):
+                met[each] = found[each]
+        return met
 
     def replays(self) -> list[int]:
         """Of each model that was brought back: how many operations were run again for that."""
@@ -132,6 +143,8 @@ class KilledServer:
         while True:
             if (code := self.server.process.poll()) is not None:
                 self._check_end(code)
+                is_orderly = code == 0 and self._ended_by is Target.STOP
+                self.problems += await asyncio.to_thread(self._audit, is_orderly)
                 self._spawn()
             self.processes()
             await asyncio.sleep(_POLL_S)

@@ -3,11 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 
-from benchmarks.chaos_audit import Kept, Run, differing_lines, differing_runs
+from benchmarks.chaos_audit import Data, Kept, Run, differing_lines, differing_runs
 from benchmarks.chaos_relay import Relay, Stage
+from benchmarks.chaos_server import KilledServer, Target
+from tests.servers import server_in
+from training.backends.base import LoraSpec
+from training.core.ids import CheckpointKind, TinkerPath
+from training.core.records import (
+    Checkpoint,
+    Model,
+    ModelStatus,
+    SamplerKind,
+    SamplingSession,
+    Session,
+    SessionStatus,
+    Snapshot,
+    utcnow,
+)
+from training.storage.database import Connection, Database
+from training.storage.repositories import (
+    checkpoints,
+    models,
+    sampling_sessions,
+    sessions,
+    snapshots,
+)
 
 LINES = [{"what": "a", "loss": (0.1).hex()}, {"what": "b", "loss": (0.2).hex()}]
 RUN = Run("sft", "train:0")
@@ -42,6 +70,101 @@ def test_a_missing_line_is_a_difference() -> None:
 def test_other_operations_and_files_are_differences(found: Kept, told: str) -> None:
     (problem,) = differing_runs({RUN: [KEPT]}, {RUN: [found]})
     assert told in problem
+
+
+def test_a_run_that_is_not_there_is_a_difference() -> None:
+    (problem,) = differing_runs({RUN: [KEPT], Run("rl", "train:0"): [KEPT]}, {RUN: [KEPT]})
+    assert problem == "rl train:0 is missing"
+
+
+# --------------------------------------------------------------------------- the audit
+
+
+@pytest.fixture
+async def data(tmp_path: Path) -> Data:
+    """Of a server with one finished session, whose model was unloaded, and one that goes on."""
+    for place in ("checkpoints/.staging", "metadata/snapshots/.staging"):
+        (tmp_path / place).mkdir(parents=True)
+    database = Database(f"sqlite:///{tmp_path / 'metadata' / 'futures.db'}")
+    await database.start()
+    await database.write(fill)
+    await database.close()
+    data = Data(tmp_path)
+    for directory in ("checkpoints/c", "checkpoints/u", "metadata/snapshots/s"):
+        (tmp_path / directory).mkdir()
+    return data
+
+
+def fill(connection: Connection) -> None:
+    now, lora = utcnow(), LoraSpec(8, 1)
+    sessions.insert(connection, Session("gone", "me", SessionStatus.FINISHED, now, now))
+    sessions.insert(connection, Session("here", "me", SessionStatus.ACTIVE, now, now))
+    for session, status in (("gone", ModelStatus.UNLOADED), ("here", ModelStatus.READY)):
+        name = f"{session}:train:0"
+        model = Model(name, session, 0, "me", "b", lora, "adamw", status, now, now)
+        models.insert(connection, model)
+    snapshots.add(connection, Snapshot("here:train:0", 3, "s", True, 1, now), 2)
+    path = TinkerPath("here:train:0", CheckpointKind.TRAINING, "a")
+    checkpoints.insert(connection, Checkpoint(path, "me", "b", lora, "adamw", "c", 1, now))
+    sampler = SamplingSession("x", "here", "me", "b", SamplerKind.SNAPSHOT, now, snapshot_id="u")
+    sampling_sessions.insert(connection, sampler)
+
+
+def change(tmp_path: Path, statement: str) -> None:
+    with closing(sqlite3.connect(tmp_path / "metadata" / "futures.db")) as connection, connection:
+        connection.execute(statement)
+
+
+def test_what_is_in_use_between_two_starts_is_no_problem(data: Data) -> None:
+    assert data.problems_between(is_orderly=True) == []
+
+
+@pytest.mark.parametrize("is_orderly", [True, False])
+def test_what_no_death_may_leave_is_seen(data: Data, tmp_path: Path, is_orderly: bool) -> None:
+    change(tmp_path, "UPDATE models SET status = 'unloaded', corrupted = true, fault = 'x'")
+    (tmp_path / "checkpoints" / "c").rmdir()
+    found = data.problems_between(is_orderly)
+    told = (
+        "gone:train:0 is marked",
+        "here:train:0 is marked",
+        "1 snapshots of model here",
+        "1 checkp",
+    )
+    assert len(found) == len(told)
+    assert all(any(each in problem for problem in found) for each in told)
+
+
+def test_orphans_are_left_by_the_killed_alone(data: Data, tmp_path: Path) -> None:
+    for place in ("checkpoints", "metadata/snapshots"):
+        (tmp_path / place / "orphan").mkdir()
+        (tmp_path / place / ".staging" / "half").mkdir()
+    assert data.problems_between(is_orderly=False) == []
+    assert len(data.problems_between(is_orderly=True)) == 4
+
+
+def test_the_end_leaves_no_snapshot_of_a_model_that_has_ended(data: Data, tmp_path: Path) -> None:
+    """Row and directory agree, and nobody would ever remove them."""
+    change(tmp_path, "UPDATE models SET status = 'unloaded'")
+    assert any("1 snapshots of model here" in problem for problem in data.problems())
+
+
+# --------------------------------------------------------------------------- the kills
+
+
+def test_who_was_not_there_was_not_killed(tmp_path: Path) -> None:
+    server = server_in(tmp_path)
+    server.command = (sys.executable, "-c", "import time; time.sleep(600)", "serve")
+    server.spawn()
+    killed = KilledServer(server, lambda is_orderly: [])
+    try:
+        while Target.API not in killed.processes():
+            time.sleep(0.01)
+        assert set(killed.kill(Target.ENGINE)) == set()
+        assert set(killed.kill(Target.BOTH)) == {Target.API}
+        server.process.wait()
+        assert set(killed.kill(Target.BOTH)) == set()
+    finally:
+        server.kill()
 
 
 # --------------------------------------------------------------------------- the relay
