@@ -377,8 +377,9 @@ def test_loading_refuses_what_does_not_fit(checkpoint: Path, tmp_path: Path) -> 
         trainer.load_slot(0, LoraSpec(8, 1), tmp_path / "state")
     with pytest.raises(UserError, match="train_mlp is True, expected False"):
         trainer.load_slot(0, LoraSpec(4, 1, train_mlp=False), tmp_path / "state")
-    with pytest.raises(UserError, match="no usable optimizer state"):
+    with pytest.raises(UserError, match="no usable optimizer state") as refused:
         trainer.load_slot(0, ALL, tmp_path / "exported")
+    assert str(tmp_path) not in str(refused.value), "a client reads it"
     with pytest.raises(UserError, match="cannot read"):
         trainer.load_slot(0, ALL, tmp_path / "absent")
     other = Trainer(trainer.model, trainer.config, "tests/other")

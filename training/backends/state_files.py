@@ -1,4 +1,5 @@
-"""How backends write the files of a state: on disk when the call returns, errors in one form."""
+"""Files of a state as backends write and read them: on disk when the call returns, errors in one
+form."""
 
 from __future__ import annotations
 
@@ -37,13 +38,19 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+def reason(error: Exception) -> str:
+    """Without paths of ours: a client reads it."""
+    if isinstance(error, FileNotFoundError):  # safetensors' own has no number, only a text
+        return "the file is not there"
+    return (error.strerror or type(error).__name__) if isinstance(error, OSError) else str(error)
+
+
 @contextmanager
 def storage_errors() -> Iterator[None]:
     """A disk that refuses becomes a ``StorageError`` without paths of ours: a client reads it."""
     try:
         yield
     except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise StorageError(f"cannot write the state: {reason}") from error
+        raise StorageError(f"cannot write the state: {reason(error)}") from error
     except SafetensorError as error:  # what safetensors makes of a full disk
         raise StorageError(f"cannot write the state: {error}") from error

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from training.backends.base import LoraSpec
-from training.backends.state_files import write_json, write_tensors
+from training.backends.state_files import reason, write_json, write_tensors
 from training.core.errors import UserError
 from training.engine.adapter import Adapter, AdapterLayout
 from training.engine.projections import ModelShape, Part
@@ -119,7 +119,7 @@ def read_adapter(
     try:
         tensors = load_file(directory / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {WEIGHTS_FILE}: {error}") from error
+        raise UserError(f"cannot read {WEIGHTS_FILE}: {reason(error)}") from error
     flat = torch.empty(layout.num_params)
     shapes = {name: tensor.shape for name, tensor in named_tensors(layout, flat).items()}
     for name, views in _views_by_name(layout, flat).items():
@@ -145,7 +145,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     try:
         config = json.loads((directory / CONFIG_FILE).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {CONFIG_FILE}: {error}") from error
+        raise UserError(f"cannot read {CONFIG_FILE}: {reason(error)}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{CONFIG_FILE} does not describe a LoRA adapter")
     if config.get("use_dora") or config.get("use_rslora") or config.get("rank_pattern"):

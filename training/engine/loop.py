@@ -25,6 +25,7 @@ from training.backends.base import (
     TrainOutput,
     TrainUnit,
 )
+from training.backends.state_files import reason
 from training.core.errors import StorageError, TinkercloudError, UnitError
 from training.engine.state_writer import Captured, StateWriter
 
@@ -351,6 +352,6 @@ def _shown(error: Exception, command: object) -> Exception:
     if isinstance(error, TinkercloudError):
         return error
     _log.error("%s failed", name, exc_info=error)
-    reason = (str(error).splitlines() or [""])[0][:200]
-    text = f"{name} failed: {type(error).__name__}: {reason}"
+    told = (reason(error).splitlines() or [""])[0][:200]
+    text = f"{name} failed: {type(error).__name__}: {told}"
     return StorageError(text) if isinstance(error, OSError) else UnitError(text)

@@ -14,6 +14,7 @@ from weakref import ref
 
 import torch
 
+from training.backends.state_files import reason
 from training.config import EngineConfig
 from training.core.errors import UnitError
 from training.engine.adapter import AdapterLayout
@@ -21,7 +22,7 @@ from training.engine.buffers import GradientBuffers
 from training.engine.capture import Capture
 from training.engine.machine import memory_bytes
 from training.engine.slot import Slot
-from training.engine.slot_store import Entry, SlotStore, reason
+from training.engine.slot_store import Entry, SlotStore
 from training.engine.state_files import SavedState
 
 _log = logging.getLogger(__name__)

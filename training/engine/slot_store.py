@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 import torch
 
+from training.backends.state_files import reason
 from training.core.errors import BackendDead, DamagedFile, DeathCause
 from training.engine.adapter import AdapterLayout, fresh_weights
 from training.engine.buffers import new_flat
@@ -124,8 +125,3 @@ class SlotStore:
 
 def _bytes_of(flat: torch.Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
-
-
-def reason(error: Exception) -> str:
-    """Without paths of ours: a client reads it."""
-    return (error.strerror or type(error).__name__) if isinstance(error, OSError) else str(error)

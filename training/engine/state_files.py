@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from training.backends.base import LoraSpec
-from training.backends.state_files import write_json, write_tensors
+from training.backends.state_files import reason, write_json, write_tensors
 from training.core.errors import UserError
 from training.engine.adapter import AdapterLayout
 from training.engine.adapter_files import read_adapter, write_adapter
@@ -92,7 +92,7 @@ def _read_adam(directory: Path, num_params: int) -> AdamState:
         moments = load_file(directory / OPTIMIZER_FILE)
         adam = AdamState(moments["exp_avg"], moments["exp_avg_sq"], int(state["step"]))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"no usable optimizer state in the checkpoint: {error}") from error
+        raise UserError(f"no usable optimizer state in the checkpoint: {reason(error)}") from error
     if adam.exp_avg.shape != (num_params,) or adam.exp_avg_sq.shape != (num_params,):
         raise UserError("the optimizer state does not have the adapter's size")
     return adam

@@ -30,7 +30,7 @@ from training.backends.fake.model import (
     head_gradient,
     spec_groups,
 )
-from training.backends.state_files import write_json, write_tensors
+from training.backends.state_files import reason, write_json, write_tensors
 from training.core.errors import UserError
 from training.losses import LOSSES
 from training.losses.base import LossSpec
@@ -215,14 +215,14 @@ def _read_tensors(path: Path) -> dict[str, Float32Array]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path.name}: {error}") from error
+        raise UserError(f"cannot read {path.name}: {reason(error)}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path.name}: {error}") from error
+        raise UserError(f"cannot read {path.name}: {reason(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path.name} is not a JSON object")
     return content
