@@ -172,6 +172,8 @@ async def test_a_model_that_is_gone_is_waited_for(tiny_llama: Path, tmp_path: Pa
         with pytest.raises(BackendDead):
             await backend.sample(request(PROMPT))
         waiting = asyncio.create_task(backend.load_slot(0, spec()))
+        await backend.retire("went with the engine")  # does not wait for another
+        assert not waiting.done()
         seen = set()
         while (health := backend.health()).state is not BackendState.FAILING:
             assert not health.alive

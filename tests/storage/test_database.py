@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -221,16 +222,28 @@ async def test_states_change_only_along_allowed_transitions(database: Database) 
 
 async def test_clone_numbers_and_inflight_weights(database: Database) -> None:
     now = utcnow()
-    for number, kind in enumerate((SamplerKind.SNAPSHOT, SamplerKind.INFLIGHT)):
+
+    async def save(number: int, kind: SamplerKind, seq: int) -> SamplingSession:
         sampler = SamplingSession(f"x{number}", "s", "me", "b", kind, now, model_id="m")
+        sampler = replace(sampler, snapshot_id=f"after {seq}", saved_seq=seq, size_bytes=seq)
+        if kind is SamplerKind.INFLIGHT:
+            sampler = await database.write(sampling_sessions.join_inflight, sampler)
         await database.write(sampling_sessions.insert, sampler)
+        return sampler
+
+    async def snapshots() -> list[str | None]:
+        found = [await database.read(sampling_sessions.get, f"x{number}") for number in range(4)]
+        return [each.snapshot_id for each in found if each is not None]
+
+    await save(0, SamplerKind.SNAPSHOT, 1)
     assert await database.write(sampling_sessions.add_clone, "x0") == 1
     assert await database.write(sampling_sessions.add_clone, "x0") == 2
-    assert await database.write(sampling_sessions.move_inflight, "m", "v") == []
-    assert await database.write(sampling_sessions.move_inflight, "m", "w") == ["v"]
-    moved = await database.read(sampling_sessions.get, "x1")
-    assert moved is not None
-    assert moved.snapshot_id == "w"
+    await save(1, SamplerKind.INFLIGHT, 2)
+    await save(2, SamplerKind.INFLIGHT, 4)
+    assert await snapshots() == ["after 1", "after 4", "after 4"]
+    late = await save(3, SamplerKind.INFLIGHT, 3)
+    assert (late.snapshot_id, late.saved_seq, late.size_bytes) == ("after 4", 4, 4)
+    assert await snapshots() == ["after 1", "after 4", "after 4", "after 4"]
 
 
 async def test_a_database_that_cannot_be_opened_says_so(tmp_path: Path) -> None:

@@ -177,6 +177,8 @@ class LocalBackend:
     async def _adopt(self, child: EngineChild) -> None:
         """Republishes the snapshots, then opens the engine to calls as a new generation."""
         for snapshot_id, directory in list(self._snapshots.items()):
+            if snapshot_id not in self._snapshots:
+                continue  # retired meanwhile
             try:
                 await child.call(ipc.Publish(snapshot_id, directory))
             except BackendDead:
@@ -314,8 +316,9 @@ class LocalBackend:
 
     async def retire(self, snapshot_id: str) -> None:
         self._snapshots.pop(snapshot_id, None)
-        child = await self._live()
-        await child.call(ipc.Retire(snapshot_id))
+        child = self._child
+        if child is not None and not child.ended.is_set():  # else nobody knows it any longer
+            await child.call(ipc.Retire(snapshot_id))
 
     async def sample(self, request: SampleRequest) -> SampleResult:
         child = await self._live()

@@ -242,7 +242,11 @@ class SamplerKind(StrEnum):
 @dataclass(frozen=True)
 class SamplingSession:
     """``snapshot_id`` names what the sampler loads (None: the base model); for ``inflight`` ones it
-    moves on with each inflight save of ``model_id``."""
+    moves on with each inflight save of ``model_id``.
+
+    ``saved_seq`` is the operation that saved it and ``size_bytes`` its size, where it is the
+    sampler's own: of no checkpoint, saved under no name.
+    """
 
     sampling_session_id: str
     session_id: str
@@ -254,6 +258,8 @@ class SamplingSession:
     model_id: str | None = None
     snapshot_id: str | None = None
     num_clones: int = 0
+    saved_seq: int = 0
+    size_bytes: int = 0
 
 
 @dataclass(frozen=True)

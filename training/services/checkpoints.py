@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,13 +24,13 @@ from training.core.records import (
     utcnow,
 )
 from training.core.threads import in_thread
-from training.services.hosts import Host
 from training.services.loaded import LoadedModel
 from training.services.model_loading import readable_checkpoint
 from training.services.models import ModelService
 from training.services.operations import OperationDesk
 from training.services.quotas import Quotas
 from training.services.results import done_json
+from training.services.sampler_weights import SamplerWeights
 from training.storage.database import Connection, Database
 from training.storage.files import CheckpointFiles
 from training.storage.repositories import checkpoints, sampling_sessions
@@ -59,12 +59,14 @@ class CheckpointService:
         models: ModelService,
         desk: OperationDesk,
         quotas: Quotas,
+        weights: SamplerWeights,
     ) -> None:
         self._database = database
         self._files = files
         self._models = models
         self._desk = desk
         self._quotas = quotas
+        self._weights = weights
         self._reaper: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -104,14 +106,14 @@ class CheckpointService:
         incoming = self._desk.incoming(
             FutureKind.SAVE_WEIGHTS_FOR_SAMPLER, loaded.model, request.seq_id, payload, _JSON
         )
-        work = self._exporting(loaded, request)
+        work = self._exporting(loaded, incoming.seq, request)
         return await self._desk.accept(incoming, loaded.host, work)
 
     async def decode_save(self, loaded: LoadedModel, seq: int, body: bytes) -> Work:
         return self._saving(loaded, seq, parse_json(SaveWeightsRequest, body))
 
     async def decode_save_for_sampler(self, loaded: LoadedModel, seq: int, body: bytes) -> Work:
-        return self._exporting(loaded, parse_json(SaveWeightsForSamplerRequest, body))
+        return self._exporting(loaded, seq, parse_json(SaveWeightsForSamplerRequest, body))
 
     def _saving(self, loaded: LoadedModel, seq: int, request: SaveWeightsRequest) -> Work:
         return self._named(
@@ -123,7 +125,9 @@ class CheckpointService:
             request.overwrite,
         )
 
-    def _exporting(self, loaded: LoadedModel, request: SaveWeightsForSamplerRequest) -> Work:
+    def _exporting(
+        self, loaded: LoadedModel, seq: int, request: SaveWeightsForSamplerRequest
+    ) -> Work:
         if request.path is not None:
             return self._named(
                 loaded,
@@ -136,7 +140,7 @@ class CheckpointService:
         if request.sampling_session_seq_id is None:
             return RefusedWork(InvalidRequest("give either path or sampling_session_seq_id"))
         kind = SamplerKind(request.kind)
-        return self._ephemeral(loaded, kind, request.sampling_session_seq_id)
+        return self._ephemeral(loaded, seq, kind, request.sampling_session_seq_id)
 
     def _named(
         self,
@@ -194,18 +198,20 @@ class CheckpointService:
                 raise InvalidRequest(_taken(checkpoint.path))
 
         async def undo() -> None:
-            await in_thread(self._files.delete, checkpoint.directory)
+            await self._weights.discard(checkpoint.directory)
 
         async def then() -> None:
             path, size_bytes = str(checkpoint.path), checkpoint.size_bytes
             log.info("checkpoint.saved", path=path, size_bytes=size_bytes)
             for old in replaced:
-                await in_thread(self._files.delete, old)
+                await self._weights.discard(old)
 
         result = done_json(_SAVED[checkpoint.kind](path=str(checkpoint.path)))
         return Outcome(result, also, undo, then)
 
-    def _ephemeral(self, loaded: LoadedModel, kind: SamplerKind, seq: int) -> Work:
+    def _ephemeral(
+        self, loaded: LoadedModel, seq: int, kind: SamplerKind, sampler_seq: int
+    ) -> Work:
         model, host = loaded.model, loaded.host
 
         async def run() -> Finish:
@@ -213,14 +219,15 @@ class CheckpointService:
 
             async def outcome() -> Outcome:
                 stored = await finish()
+                self._weights.hold_unnamed(stored.directory)
                 try:
                     await host.snapshots.ensure(stored.directory)
                 except BaseException:
                     # If it runs again, it writes another one.
-                    await in_thread(self._files.delete, stored.directory)
+                    await self._weights.let_go(stored.directory)
                     raise
                 session = SamplingSession(
-                    sampling_session_id=ids.sampling_session_id(model.session_id, seq),
+                    sampling_session_id=ids.sampling_session_id(model.session_id, sampler_seq),
                     session_id=model.session_id,
                     owner=model.owner,
                     base_model=model.base_model,
@@ -228,30 +235,29 @@ class CheckpointService:
                     created_at=utcnow(),
                     model_id=model.model_id,
                     snapshot_id=stored.directory,
+                    saved_seq=seq,
+                    size_bytes=stored.size_bytes,
                 )
-                return self._sampler_opened(host, session)
+                return self._sampler_opened(session, stored.directory)
 
             return outcome
 
         return CallWork(run)
 
-    def _sampler_opened(self, host: Host, session: SamplingSession) -> Outcome:
-        unused: list[str] = []
+    def _sampler_opened(self, session: SamplingSession, directory: str) -> Outcome:
+        """``directory`` is held until it is stored who uses it."""
+        stored = session
 
         def also(connection: Connection) -> None:
-            unused[:] = _insert_sampler(connection, session)
-
-        async def discard(snapshot_ids: Iterable[str]) -> None:
-            for snapshot_id in snapshot_ids:
-                await host.snapshots.retire(snapshot_id)
-                await in_thread(self._files.delete, snapshot_id)
+            nonlocal stored
+            stored = _insert_sampler(connection, session)
 
         async def undo() -> None:
-            assert session.snapshot_id is not None
-            await discard([session.snapshot_id])
+            await self._weights.let_go(directory)
 
         async def then() -> None:
-            await discard(unused)
+            await self._weights.opened(stored)
+            await self._weights.let_go(directory)
 
         result = done_json(SavedWeightsForSampler(sampling_session_id=session.sampling_session_id))
         return Outcome(result, also, undo, then)
@@ -307,8 +313,8 @@ class CheckpointService:
 
     async def _remove(self, checkpoint: Checkpoint) -> None:
         if await self._database.write(checkpoints.delete, checkpoint):
-            await in_thread(self._files.delete, checkpoint.directory)
             log.info("checkpoint.deleted", path=str(checkpoint.path))
+            await self._weights.discard(checkpoint.directory)
 
     async def set_ttl(self, owner: str, path: TinkerPath, ttl_seconds: int | None) -> None:
         await self.owned(owner, path)
@@ -328,19 +334,13 @@ def checked_ttl(ttl_seconds: int | None) -> timedelta | None:
     return timedelta(seconds=ttl_seconds)
 
 
-def _insert_sampler(connection: Connection, session: SamplingSession) -> list[str]:
-    """Stores the session; an inflight one moves its model's earlier ones to its weights.
-
-    Returns the snapshots that no session uses any longer.
-    """
-    unused: list[str] = []
+def _insert_sampler(connection: Connection, session: SamplingSession) -> SamplingSession:
+    """Returns it as it was stored: saves of inflight weights may end in another order."""
     if session.kind is SamplerKind.INFLIGHT:
-        assert session.model_id is not None
-        assert session.snapshot_id is not None
-        unused = sampling_sessions.move_inflight(connection, session.model_id, session.snapshot_id)
+        session = sampling_sessions.join_inflight(connection, session)
     if not sampling_sessions.insert(connection, session):
         raise InvalidRequest(f"sampling session {session.sampling_session_id} exists already")
-    return unused
+    return session
 
 
 def _taken(path: TinkerPath) -> str:

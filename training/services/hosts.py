@@ -53,9 +53,20 @@ class Snapshots:
             raise
 
     async def retire(self, snapshot_id: str) -> None:
-        if self._published.pop(snapshot_id, None) is not None:
-            self._files.let_go(snapshot_id)
+        """Of one that nobody uses any longer, published or not."""
+        publishing = self._published.pop(snapshot_id, None)
+        if publishing is None:
+            return
+        if not publishing.done():  # whoever had asked for it was cancelled
+            await asyncio.wait([publishing])
+        if publishing.cancelled() or publishing.exception() is not None:
+            return
+        self._files.let_go(snapshot_id)
+        try:
             await self._backend.retire(snapshot_id)
+        except BackendError as error:
+            # It went with its engine, which will not be told of it again.
+            log.warning("snapshot.not_retired", snapshot=snapshot_id, error=str(error))
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from training.core.errors import (
     BackendDead,
     BackendError,
     DeathCause,
+    Gone,
     InvalidRequest,
     NotFound,
     StorageError,
@@ -28,20 +29,26 @@ from training.core.records import (
     NewFuture,
     SamplerKind,
     SamplingSession,
+    SessionStatus,
     utcnow,
 )
 from training.core.sampling_data import target_layout, to_sample_request
-from training.core.threads import in_thread
 from training.core.unit_runner import failed
 from training.services.checkpoints import CheckpointService
 from training.services.hosts import Host, Hosts
 from training.services.promises import Promises
 from training.services.quotas import Quotas
 from training.services.results import done_protobuf
+from training.services.sampler_weights import SamplerWeights
 from training.services.sessions import SessionService
-from training.storage.database import Database
-from training.storage.files import CheckpointFiles
-from training.storage.repositories import futures, operations, sampling_sessions
+from training.storage.database import Connection, Database
+from training.storage.repositories import (
+    checkpoints,
+    futures,
+    operations,
+    sampling_sessions,
+    sessions,
+)
 from training.wire.json_base import parse_json
 from training.wire.protobuf import encode_sample_response
 from training.wire.requests import CreateSamplingSessionRequest, SampleJsonRequest
@@ -53,7 +60,7 @@ class SamplingService:
     def __init__(
         self,
         database: Database,
-        files: CheckpointFiles,
+        weights: SamplerWeights,
         hosts: Hosts,
         sessions: SessionService,
         checkpoints: CheckpointService,
@@ -61,7 +68,7 @@ class SamplingService:
         quotas: Quotas,
     ) -> None:
         self._database = database
-        self._files = files
+        self._weights = weights
         self._hosts = hosts
         self._sessions = sessions
         self._checkpoints = checkpoints
@@ -83,6 +90,12 @@ class SamplingService:
     ) -> SamplingSession:
         """On a base model, or on weights of either kind. Repeating it gives the same session."""
         session = await self._sessions.get_active(owner, request.session_id)
+        sampling_session_id = ids.sampling_session_id(
+            session.session_id, request.sampling_session_seq_id
+        )
+        existing = await self._database.read(sampling_sessions.get, sampling_session_id)
+        if existing is not None:
+            return existing
         base_model, path, snapshot_id = request.base_model, None, None
         if request.model_path is not None:
             path = TinkerPath.parse(request.model_path)
@@ -93,15 +106,11 @@ class SamplingService:
                 raise InvalidRequest(f"{path} belongs to {checkpoint.base_model}, not {base_model}")
             base_model = checkpoint.base_model
             snapshot_id = checkpoint.directory
-            # Read once in full: damaged weights are refused here, not sampled from.
-            await in_thread(self._files.verify, snapshot_id)
         if base_model is None:
             raise InvalidRequest("give base_model or model_path")
         self._hosts.get(base_model)
         sampler = SamplingSession(
-            sampling_session_id=ids.sampling_session_id(
-                session.session_id, request.sampling_session_seq_id
-            ),
+            sampling_session_id=sampling_session_id,
             session_id=session.session_id,
             owner=owner,
             base_model=base_model,
@@ -110,7 +119,12 @@ class SamplingService:
             model_path=None if path is None else str(path),
             snapshot_id=snapshot_id,
         )
-        await self._database.write(sampling_sessions.insert, sampler)
+        async with self._weights.using(snapshot_id):
+            if snapshot_id is not None:
+                # Read once in full: damaged weights are refused here, not sampled from.
+                await self._weights.check(snapshot_id)
+            if await self._database.write(_open, sampler, path):
+                await self._weights.opened(sampler)
         return sampler
 
     async def get_session(self, owner: str, sampling_session_id: str) -> SamplingSession:
@@ -127,15 +141,6 @@ class SamplingService:
 
     async def of_session(self, session_id: str) -> list[SamplingSession]:
         return await self._database.read(sampling_sessions.of_session, session_id)
-
-    async def release_session(self, session_id: str) -> None:
-        """Frees the weights that only this session's unnamed samplers used."""
-        for snapshot_id in await self._database.read(
-            sampling_sessions.ephemeral_snapshots, session_id
-        ):
-            for host in self._hosts.all():
-                await host.snapshots.retire(snapshot_id)
-            await in_thread(self._files.delete, snapshot_id)
 
     # ----------------------------------------------------------------- requests
 
@@ -217,13 +222,12 @@ class SamplingService:
         """A save of inflight weights takes the older ones away from requests on their way."""
         while True:
             try:
-                return await self._outcome(request_id, session, request)
+                async with self._weights.using(session.snapshot_id):
+                    return await self._outcome(request_id, session, request)
             except TinkercloudError:
                 newest = await self.get_session(session.owner, session.sampling_session_id)
-                if newest.snapshot_id == session.snapshot_id or session.snapshot_id is None:
+                if newest.snapshot_id == session.snapshot_id:
                     raise
-                # This request may have published them again after they were retired.
-                await self._hosts.get(session.base_model).snapshots.retire(session.snapshot_id)
                 session = newest
 
     async def _outcome(
@@ -269,6 +273,18 @@ class SamplingService:
         except StorageError as error:
             # This process remembers it too; only the next one would have to learn it again.
             log.error("sample.death_not_stored", request_id=request_id, error=str(error))
+
+
+def _open(connection: Connection, sampler: SamplingSession, path: TinkerPath | None) -> bool:
+    """Stores it, if its session and its weights are still there; False for a repetition."""
+    session = sessions.get(connection, sampler.session_id)
+    if session is None or session.status is not SessionStatus.ACTIVE:
+        raise Gone(f"session {sampler.session_id} has ended")
+    if path is not None:
+        checkpoint = checkpoints.get(connection, path)
+        if checkpoint is None or checkpoint.directory != sampler.snapshot_id:
+            raise NotFound(f"no such checkpoint: {path}")
+    return sampling_sessions.insert(connection, sampler)
 
 
 def sample_scope(sampling_session_id: str) -> str:

@@ -7,7 +7,6 @@ from contextlib import AsyncExitStack
 import structlog
 
 from training.config import TrainingConfig
-from training.core import ids
 from training.core.errors import TinkercloudError
 from training.core.records import FutureKind, utcnow
 from training.core.suspects import MAX_CRASHES, poison_of_earlier
@@ -26,6 +25,7 @@ from training.services.operations import OperationDesk
 from training.services.promises import Promises
 from training.services.quotas import Quotas
 from training.services.running import RunningRequests
+from training.services.sampler_weights import SamplerWeights
 from training.services.sampling import SamplingService
 from training.services.sessions import SessionService
 from training.services.training import (
@@ -36,13 +36,7 @@ from training.services.training import (
 from training.storage.database import Database
 from training.storage.files import CheckpointFiles
 from training.storage.remote_files import open_files
-from training.storage.repositories import (
-    checkpoints,
-    futures,
-    identity,
-    operations,
-    sampling_sessions,
-)
+from training.storage.repositories import futures, identity, operations
 
 log = structlog.get_logger(__name__)
 
@@ -62,6 +56,7 @@ class Server:
     training: TrainingService
     checkpoints: CheckpointService
     sampling: SamplingService
+    weights: SamplerWeights
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
@@ -115,6 +110,7 @@ class Server:
         on_close(self.hosts.close)
         self._running.callback(self.promises.close)
         self._assemble()
+        await self.weights.start()
         on_close(self.sampling.close)
         on_close(self.sessions.close)
         await self.sessions.start()
@@ -141,12 +137,13 @@ class Server:
             self.keeper,
         )
         self.training = TrainingService(self.models, desk)
+        self.weights = SamplerWeights(self.database, self.files, self.hosts)
         self.checkpoints = CheckpointService(
-            self.database, self.files, self.models, desk, self.quotas
+            self.database, self.files, self.models, desk, self.quotas, self.weights
         )
         self.sampling = SamplingService(
             self.database,
-            self.files,
+            self.weights,
             self.hosts,
             self.sessions,
             self.checkpoints,
@@ -178,7 +175,6 @@ class Server:
     async def _recover(self) -> None:
         """Goes on where an earlier process stopped, however it stopped."""
         await self.janitor.finish_ended()
-        await self._collect_garbage()
         await self.database.write(
             futures.fail_orphans, "its model had ended when the server started again", utcnow()
         )
@@ -203,16 +199,7 @@ class Server:
         except TinkercloudError as error:
             await self.promises.settle(stored.future.request_id, failed(error))
 
-    async def _collect_garbage(self) -> None:
-        """Removes checkpoint directories that nothing refers to any longer."""
-        used = await self.database.read(checkpoints.directories)
-        used |= await self.database.read(sampling_sessions.live_snapshots)
-        unused = await in_thread(self.files.names) - used
-        for name in filter(ids.is_directory, unused):
-            await in_thread(self.files.delete, name)
-            log.info("checkpoint.orphan_removed", directory=name)
-
     async def _session_ended(self, session_id: str, reason: str) -> None:
         await self.models.unload_session(session_id, reason)
-        await self.sampling.release_session(session_id)
+        await self.weights.session_ended(session_id)
         await self.janitor.session_ended(session_id)

@@ -162,6 +162,9 @@ sampling_sessions = sa.Table(
     sa.Column("model_id", sa.String(250)),
     sa.Column("snapshot_id", sa.String(300)),
     sa.Column("num_clones", sa.BigInteger, nullable=False),
+    # Of weights of its own: which operation saved them, and how large they are.
+    sa.Column("saved_seq", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False, server_default="0"),
     sa.Index(None, "session_id"),
     sa.Index(None, "model_id"),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import sqlalchemy as sa
 
@@ -10,6 +10,8 @@ from training.core.records import SamplerKind, SamplingSession, SessionStatus
 from training.storage.repositories.rows import Row, every, first, insert_new
 from training.storage.tables import sampling_sessions as table
 from training.storage.tables import sessions
+
+_WEIGHTS = ("snapshot_id", "saved_seq", "size_bytes")
 
 
 def insert(connection: sa.Connection, session: SamplingSession) -> bool:
@@ -27,32 +29,27 @@ def of_session(connection: sa.Connection, session_id: str) -> list[SamplingSessi
     return [_sampling_session(row) for row in every(connection, query)]
 
 
-def move_inflight(connection: sa.Connection, model_id: str, snapshot_id: str) -> list[str]:
-    """Points every inflight session of a model at its newest weights; returns the old ones."""
-    where = (table.c.model_id == model_id, table.c.kind == SamplerKind.INFLIGHT)
-    old = set(connection.execute(sa.select(table.c.snapshot_id).where(*where)).scalars())
-    connection.execute(sa.update(table).where(*where).values(snapshot_id=snapshot_id))
-    return sorted(snapshot for snapshot in old if snapshot is not None)
+def join_inflight(connection: sa.Connection, session: SamplingSession) -> SamplingSession:
+    """All inflight sessions of a model have the newest weights: moves the others to those of
+    ``session``, or it to theirs where they were saved later. Returns it as it is to be stored."""
+    where = (table.c.model_id == session.model_id, table.c.kind == SamplerKind.INFLIGHT)
+    by_age = sa.select(table).where(*where).order_by(table.c.saved_seq.desc())
+    newest = first(connection, by_age.limit(1))
+    if newest is not None and newest["saved_seq"] > session.saved_seq:
+        return replace(session, **{name: newest[name] for name in _WEIGHTS})
+    moved = {name: value for name, value in asdict(session).items() if name in _WEIGHTS}
+    connection.execute(sa.update(table).where(*where).values(moved))
+    return session
 
 
-def ephemeral_snapshots(connection: sa.Connection, session_id: str) -> list[str]:
-    """Snapshots that exist only for this session's unnamed samplers."""
+def live(connection: sa.Connection) -> list[SamplingSession]:
+    """Of every session that is still active."""
     query = (
-        sa.select(table.c.snapshot_id)
-        .where(table.c.session_id == session_id, table.c.model_id.is_not(None))
-        .distinct()
-    )
-    return [snapshot for snapshot in connection.execute(query).scalars() if snapshot is not None]
-
-
-def live_snapshots(connection: sa.Connection) -> set[str]:
-    """Snapshots of every sampler whose session is still active."""
-    query = (
-        sa.select(table.c.snapshot_id)
+        sa.select(table)
         .join(sessions, sessions.c.session_id == table.c.session_id)
-        .where(sessions.c.status == SessionStatus.ACTIVE, table.c.snapshot_id.is_not(None))
+        .where(sessions.c.status == SessionStatus.ACTIVE)
     )
-    return set(connection.execute(query).scalars())
+    return [_sampling_session(row) for row in every(connection, query)]
 
 
 def add_clone(connection: sa.Connection, sampling_session_id: str) -> int:
