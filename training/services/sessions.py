@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from datetime import timedelta
-from typing import Any
+from datetime import datetime, timedelta
 
 import structlog
 
@@ -24,6 +23,7 @@ log = structlog.get_logger(__name__)
 _FLUSH_S = 30.0
 """After a restart all sessions start afresh, so what is written serves only to find silent ones."""
 _BEATS_AT_ONCE = 500
+_CLOCK_SLACK_S = 1.0
 
 
 class SessionService:
@@ -42,17 +42,15 @@ class SessionService:
         self._num_active: Counter[str] = Counter()
         """By owner."""
         self._on_end = on_end
-        self._beats: dict[str, Any] = {}
+        self._beats: dict[str, datetime] = {}
         self._active: dict[str, Session] = {}
         self._num_ended = 0
         self._reaper: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Clients could not beat while the server was down, so active sessions start afresh."""
-        active = await self._database.read(sessions.stale, utcnow() + timedelta(days=1))
+        active = await self._start_afresh()
         self._num_active = Counter(session.owner for session in active)
-        self._beats = {session.session_id: utcnow() for session in active}
-        await self._flush()
         self._reaper = asyncio.create_task(self._reap(), name="session-reaper")
 
     async def close(self) -> None:
@@ -148,21 +146,40 @@ class SessionService:
             await self._on_end(session_id, reason)
 
     async def _reap(self) -> None:
+        pause_s = min(_FLUSH_S, self._config.expiry_s / 4)
+        before = utcnow()
+        is_clock_off = False
         while True:
-            await asyncio.sleep(min(_FLUSH_S, self._config.expiry_s / 4))
+            await asyncio.sleep(pause_s)
+            now = utcnow()
+            # The machine slept, whether or not other clocks went on meanwhile, or its clock was
+            # set: what clients did in the time that seems to have passed, nobody knows.
+            off_s = abs((now - before).total_seconds() - pause_s)
+            is_clock_off |= off_s > max(self._config.expiry_s / 4, _CLOCK_SLACK_S)
+            before = now
             try:
+                if is_clock_off:
+                    log.warning("session.clock_jumped", seconds=round(off_s))
+                    await self._start_afresh()
+                    is_clock_off = False
                 await self._flush()
-                limit = utcnow() - timedelta(seconds=self._config.expiry_s)
-                for session in await self._database.read(sessions.stale, limit):
-                    await self._end(
-                        session,
-                        SessionStatus.EXPIRED,
-                        "expired",
-                        f"no heartbeat for {self._config.expiry_s:g} s",
-                    )
+                await self._expire(now)
             except Exception:
                 # The border of the job: a full disk now must not stop expiry for good.
                 log.exception("session.reaper_failed")
+
+    async def _expire(self, now: datetime) -> None:
+        limit = now - timedelta(seconds=self._config.expiry_s)
+        detail = f"no heartbeat for {self._config.expiry_s:g} s"
+        for session in await self._database.read(sessions.stale, limit):
+            await self._end(session, SessionStatus.EXPIRED, "expired", detail)
+
+    async def _start_afresh(self) -> list[Session]:
+        """Active sessions, which count as if they had just beaten."""
+        active = await self._database.read(sessions.active)
+        self._beats |= {session.session_id: utcnow() for session in active}
+        await self._flush()
+        return active
 
     async def _flush(self) -> None:
         """A piece at a time, so that requests do not wait for all of them."""

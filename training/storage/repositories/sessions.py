@@ -31,6 +31,11 @@ def touch(connection: sa.Connection, beats: dict[str, datetime]) -> None:
     connection.execute(statement, [{"b_id": key, "b_at": at} for key, at in beats.items()])
 
 
+def active(connection: sa.Connection) -> list[Session]:
+    query = sa.select(table).where(table.c.status == SessionStatus.ACTIVE)
+    return [_session(row) for row in every(connection, query)]
+
+
 def stale(connection: sa.Connection, before: datetime) -> list[Session]:
     query = sa.select(table).where(
         table.c.status == SessionStatus.ACTIVE, table.c.last_heartbeat_at < before
