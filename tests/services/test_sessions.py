@@ -6,17 +6,21 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.services.test_server import ME, Client, config, running
-from training.core.errors import StorageError
-from training.core.records import FutureStatus, Session, SessionStatus, utcnow
+from tests.services.test_server import ME, MODEL, Client, config, num_rows, running
+from training.core.errors import Gone, StorageError
+from training.core.records import FutureStatus, ModelStatus, Session, SessionStatus, utcnow
 from training.services import sessions as service
 from training.services.server import Server
-from training.storage.repositories import sessions
+from training.storage import tables
+from training.storage.repositories import models, sessions
 
 pytestmark = pytest.mark.usefixtures("each_database")
+
+End = Callable[..., Awaitable[None]]
 
 
 def count_rounds(
@@ -100,3 +104,69 @@ async def test_a_start_counts_sessions_whatever_the_clock_said(
             await Client.connect(server)
     async with running(settings) as server:
         assert server.sessions._num_active[ME] == 1
+
+
+async def test_the_end_of_a_session_is_tried_until_all_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "_FLUSH_S", 0.02)
+    async with running(config(tmp_path)) as server:
+        rounds = count_rounds(server, monkeypatch)
+        client = await Client.connect(server)
+        await client.create()
+        await client.train()
+        await client.save_for_sampler(0)
+        num_ends = 0
+
+        def failing(step: End) -> End:
+            async def fail(*args: str) -> None:
+                nonlocal num_ends
+                num_ends += 1
+                if num_ends <= 6:
+                    raise StorageError("database read failed: the database was lost")
+                await step(*args)
+
+            return fail
+
+        for owner, name in (
+            (server.models, "unload_session"),
+            (server.weights, "session_ended"),
+            (server.janitor, "session_ended"),
+        ):
+            monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
+        await server.sessions.finish(ME, client.session_id, "success", None)
+        assert num_ends == 3, "one step that fails does not stop the others"
+        with pytest.raises(Gone):
+            await server.sessions.heartbeat(ME, client.session_id)
+        await rounds(3)
+        assert num_ends == 9
+        assert server.files.names() == set()
+        assert server.hosts.get(MODEL).slots.available == 4
+        (model,) = await server.models.of_session(client.session_id)
+        assert model.status is ModelStatus.UNLOADED
+        for table in (tables.payloads, tables.results):
+            assert await server.database.read(num_rows, table) == 0
+
+
+async def test_a_read_that_fails_at_the_end_of_a_session_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "_FLUSH_S", 0.02)
+    async with running(config(tmp_path)) as server:
+        rounds = count_rounds(server, monkeypatch)
+        client = await Client.connect(server)
+        await client.create()
+        read = server.database.read
+
+        async def failing(statement: Any, *args: Any) -> Any:
+            if statement is models.of_session:
+                raise StorageError("database read failed: the database was lost")
+            return await read(statement, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(server.database, "read", failing)
+            await server.sessions.finish(ME, client.session_id, "success", None)
+        await rounds(3)
+        (model,) = await server.models.of_session(client.session_id)
+        assert model.status is ModelStatus.UNLOADED
+        assert not server.sessions._unfinished

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 
 import structlog
@@ -200,6 +201,17 @@ class Server:
             await self.promises.settle(stored.future.request_id, failed(error))
 
     async def _session_ended(self, session_id: str, reason: str) -> None:
-        await self.models.unload_session(session_id, reason)
-        await self.weights.session_ended(session_id)
-        await self.janitor.session_ended(session_id)
+        """Every step, whatever becomes of the others; raises what went wrong at the end."""
+        steps: tuple[Callable[[], Awaitable[None]], ...] = (
+            lambda: self.models.unload_session(session_id, reason),
+            lambda: self.weights.session_ended(session_id),
+            lambda: self.janitor.session_ended(session_id),
+        )
+        failures = []
+        for step in steps:
+            try:
+                await step()
+            except Exception as error:
+                failures.append(error)
+        if failures:
+            raise ExceptionGroup(f"session {session_id} holds something still", failures)

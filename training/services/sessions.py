@@ -27,7 +27,7 @@ _CLOCK_SLACK_S = 1.0
 
 
 class SessionService:
-    """``on_end`` frees what the session held."""
+    """``on_end`` frees what the session held, and may be repeated: where it raises, it is."""
 
     def __init__(
         self,
@@ -45,6 +45,8 @@ class SessionService:
         self._beats: dict[str, datetime] = {}
         self._active: dict[str, Session] = {}
         self._num_ended = 0
+        self._unfinished: dict[str, str] = {}
+        """Ended sessions that still hold something, and why they ended."""
         self._reaper: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -143,7 +145,19 @@ class SessionService:
         if ended:
             self._num_active[session.owner] -= 1
             log.info("session.ended", session_id=session_id, reason=reason)
+            await self._free(session_id, reason)
+
+    async def _free(self, session_id: str, reason: str) -> None:
+        """It has ended for its client, whatever goes wrong here."""
+        try:
             await self._on_end(session_id, reason)
+        except BaseException as error:
+            self._unfinished[session_id] = reason
+            if not isinstance(error, Exception):
+                raise
+            log.exception("session.end_unfinished", session_id=session_id)
+        else:
+            self._unfinished.pop(session_id, None)
 
     async def _reap(self) -> None:
         pause_s = min(_FLUSH_S, self._config.expiry_s / 4)
@@ -164,6 +178,8 @@ class SessionService:
                     is_clock_off = False
                 await self._flush()
                 await self._expire(now)
+                for session_id, reason in tuple(self._unfinished.items()):
+                    await self._free(session_id, reason)
             except Exception:
                 # The border of the job: a full disk now must not stop expiry for good.
                 log.exception("session.reaper_failed")
