@@ -21,13 +21,18 @@ from tests.services.test_server import (
     sample_request,
     train_body,
 )
-from training.config import AuthConfig, QuotaConfig, SchedulerConfig, TrainingConfig
+from training.config import AuthConfig, EngineConfig, QuotaConfig, SchedulerConfig, TrainingConfig
 from training.core.errors import Busy, OverQuota
 from training.core.ids import TinkerPath
 from training.core.records import FutureKind, FutureStatus
 from training.services.quotas import CREATION_RETRY_S, RETRY_S, Quotas, Room
 from training.services.server import Server
-from training.wire.requests import CreateSamplingSessionRequest, CreateSessionRequest
+from training.wire.requests import (
+    CreateModelRequest,
+    CreateSamplingSessionRequest,
+    CreateSessionRequest,
+    LoraConfigJson,
+)
 
 ALL = 60
 
@@ -118,9 +123,61 @@ async def test_operations_over_the_quota_are_sent_away_but_never_the_awaited_one
         for client, seq in ((first, 5), (second, 2)):
             with pytest.raises(Busy):
                 await server.training.forward_backward(ME, train_body(client.model_id, seq))
-        for client in (first, second):
-            await server.training.forward_backward(ME, train_body(client.model_id, 1))
-        assert server.promises.num_pending() == 5
+        with pytest.raises(Busy):  # nothing waits for this one
+            await server.training.forward_backward(ME, train_body(second.model_id, 1))
+        await server.training.forward_backward(ME, train_body(first.model_id, 1))
+        assert server.promises.num_pending() == 4
+
+
+async def test_operations_that_others_wait_for_are_bounded_and_get_in_one_after_another(
+    tmp_path: Path,
+) -> None:
+    size, num = len(train_body("x" * 60, 2)), 8
+    scheduler = SchedulerConfig(max_pending_bytes=num * size)
+    engine = EngineConfig(max_slots=num)
+    settings = limited(tmp_path).model_copy(update={"scheduler": scheduler, "engine": engine})
+    async with running(settings) as server:
+        clients = [await Client.connect(server) for _ in range(num)]
+        for client in clients:
+            await client.create()
+        for client in clients:
+            await server.training.forward_backward(ME, train_body(client.model_id, 2))
+        held, num_busy = server.quotas._bytes, 0
+        assert held._total > (num - 1) * size
+
+        async def send_first(client: Client) -> str:
+            nonlocal num_busy
+            body = train_body(client.model_id, 1, "no such loss" + " " * 4 * size)
+            while True:
+                try:
+                    request_id, _ = await server.training.forward_backward(ME, body)
+                except Busy:
+                    num_busy += 1
+                    await asyncio.sleep(0.01)
+                    continue
+                assert held._total <= 2 * num * size
+                return request_id
+
+        for request_id in await asyncio.gather(*map(send_first, clients)):
+            await clients[0].result(request_id)
+        assert num_busy > 0
+        server.quotas.check_integrity()
+
+
+async def test_refused_creations_are_counted_too(tmp_path: Path) -> None:
+    async with running(limited(tmp_path, max_pending_operations=1)) as server:
+        client = await Client.connect(server)
+        await client.create()
+        await stopped(server)
+        await server.training.forward_backward(ME, train_body(client.model_id, 1))
+        request = CreateModelRequest(
+            session_id=client.session_id,
+            model_seq_id=1,
+            base_model="no/model",
+            lora_config=LoraConfigJson(),
+        )
+        with pytest.raises(Busy):
+            await server.models.create(ME, request, b"{}")
 
 
 async def test_bytes_that_wait_are_counted_until_they_are_done(tmp_path: Path) -> None:

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from training.core import ids
-from training.core.errors import InvalidRequest, TinkercloudError
+from training.core.errors import Busy, InvalidRequest, TinkercloudError
 from training.core.operations import Operation, TrainWork, Work
 from training.core.records import FutureKind, Model, NewFuture, utcnow
 from training.services.hosts import Host
 from training.services.promises import Promises
 from training.services.quotas import Quotas
-from training.storage.database import Connection
-from training.storage.repositories import models, operations
+from training.storage.database import Connection, Database
+from training.storage.repositories import models, operations, waiting
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,8 @@ class Incoming:
 
 
 class OperationDesk:
-    def __init__(self, promises: Promises, quotas: Quotas) -> None:
+    def __init__(self, database: Database, promises: Promises, quotas: Quotas) -> None:
+        self._database = database
         self._promises = promises
         self._quotas = quotas
 
@@ -71,8 +72,8 @@ class OperationDesk:
 
         ``opened`` runs between the two, for an operation that makes its own queue.
         """
-        if not host.tasks.check_room(incoming.model_id, incoming.seq):
-            self._quotas.check(incoming.owner, incoming.kind, len(incoming.payload))
+        is_next = host.tasks.check_room(incoming.model_id, incoming.seq)
+        await self._check_quotas(incoming, is_next)
         arrived_s = time.monotonic()
 
         def store(connection: Connection) -> None:
@@ -98,6 +99,19 @@ class OperationDesk:
             )
         return stored.request_id
 
+    async def _check_quotas(self, incoming: Incoming, is_next: bool) -> None:
+        """Raises ``Busy``, but not for the operation that later ones of its model wait for: without
+        it none of them would end."""
+        owner, num_bytes = incoming.owner, len(incoming.payload)
+        try:
+            self._quotas.check(owner, incoming.kind, num_bytes)
+        except Busy:
+            model_id, seq = incoming.model_id, incoming.seq
+            if not is_next or not await self._database.read(waiting.waits_for, model_id, seq):
+                raise
+            self._quotas.check_awaited(num_bytes)
+
     async def refuse(self, incoming: Incoming, error: TinkercloudError) -> str:
-        """Accepts what belongs to no queue and fails at once."""
+        """Accepts what belongs to no queue and fails at once. Raises ``Busy``."""
+        self._quotas.check(incoming.owner, incoming.kind, len(incoming.payload))
         return (await self._promises.refuse(incoming.future(), error)).request_id

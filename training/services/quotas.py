@@ -48,6 +48,13 @@ class Room:
             return f"{held} {self._what} of this key are waiting; the rest is kept for other keys"
         return None
 
+    def why_not_awaited(self, amount: int) -> str | None:
+        """Of what makes others end: as much again as there is, so that what was let in before must
+        end first."""
+        if self._total > 0 and self._total + amount > 2 * self._all:
+            return f"{self._total} {self._what} are waiting, twice what this server takes"
+        return None
+
     def take(self, owner: str, amount: int) -> None:
         self._held[owner] += amount
         self._total += amount
@@ -88,13 +95,16 @@ class Quotas:
     # ----------------------------------------------------------------- promises
 
     def check(self, owner: str, kind: FutureKind, num_bytes: int) -> None:
-        """Raises ``Busy`` where one more promise has no room.
-
-        Not for the operation that all later ones of its model wait for: without it none would end.
-        """
+        """Raises ``Busy`` where one more promise has no room."""
         reason = self._room(kind).why_not(owner, 1) or self._bytes.why_not(owner, num_bytes)
         if reason is not None:
             raise Busy(reason, CREATION_RETRY_S if kind in _CREATIONS else RETRY_S)
+
+    def check_awaited(self, num_bytes: int) -> None:
+        """The same for an operation that others wait for. Of these there is one for each model that
+        has others, and as they run at once they may take as much again as the server has."""
+        if (reason := self._bytes.why_not_awaited(num_bytes)) is not None:
+            raise Busy(reason, RETRY_S)
 
     def take(self, owner: str, kind: FutureKind, num_bytes: int) -> None:
         """A promise is accepted, whether or not there is room."""

@@ -123,7 +123,7 @@ class Server:
 
     def _assemble(self) -> None:
         """The services above the hosts."""
-        desk = OperationDesk(self.promises, self.quotas)
+        desk = OperationDesk(self.database, self.promises, self.quotas)
         loader = ModelLoader(
             self.database, self.files, self.sessions, self._loaded, self.snapshots, self.quotas
         )
