@@ -17,6 +17,7 @@ from tests.services.test_server import (
     MODEL,
     Client,
     config,
+    dumped,
     running,
     sample_request,
     train_body,
@@ -24,7 +25,7 @@ from tests.services.test_server import (
 from training.config import AuthConfig, EngineConfig, QuotaConfig, SchedulerConfig, TrainingConfig
 from training.core.errors import Busy, OverQuota
 from training.core.ids import TinkerPath
-from training.core.records import FutureKind, FutureStatus
+from training.core.records import FutureKind, FutureResult, FutureStatus
 from training.services.quotas import CREATION_RETRY_S, RETRY_S, Quotas, Room
 from training.services.server import Server
 from training.wire.requests import (
@@ -32,6 +33,7 @@ from training.wire.requests import (
     CreateSamplingSessionRequest,
     CreateSessionRequest,
     LoraConfigJson,
+    SaveWeightsForSamplerRequest,
 )
 
 ALL = 60
@@ -267,8 +269,72 @@ async def test_a_full_store_of_checkpoints_takes_no_more_until_one_is_deleted(
         refused = await client.save("two")
         assert refused.status is FutureStatus.FAILED
         assert refused.category == "user"
-        assert "delete some" in refused.error
+        assert "delete some or finish a session" in refused.error
         path = orjson.loads(saved.body)["path"]
         checkpoint = await server.checkpoints.readable(ME, TinkerPath.parse(path))
         await server.checkpoints.delete(ME, checkpoint.path)
         assert (await client.save("two")).status is FutureStatus.DONE
+
+
+async def test_weights_without_a_name_are_counted_while_samplers_use_them(tmp_path: Path) -> None:
+    settings = limited(tmp_path, max_checkpoint_bytes=1)
+    async with running(settings) as server:
+        client = await Client.connect(server)
+        await client.create()
+        sampler = await client.save_for_sampler(0, "inflight")
+        for refused in (await client.save("a"), await unnamed(client, 1), await unnamed(client, 2)):
+            assert refused.status is FutureStatus.FAILED
+            assert "delete some or finish a session" in refused.error
+        assert len(server.files.names()) == 1
+    async with running(settings) as server:
+        client.server = server
+        assert (await unnamed(client, 3)).status is FutureStatus.FAILED
+        assert (await client.sample(sampler)).status is FutureStatus.DONE
+        server.weights.check_integrity()
+        await server.sessions.finish(ME, client.session_id, "success", None)
+        server.weights.check_integrity()
+        client = await Client.connect(server)
+        await client.create()
+        assert (await client.save("a")).status is FutureStatus.DONE
+
+
+async def unnamed(client: Client, number: int) -> FutureResult:
+    client.seq += 1
+    request = SaveWeightsForSamplerRequest(
+        model_id=client.model_id,
+        sampling_session_seq_id=number,
+        kind="inflight",
+        seq_id=client.seq,
+    )
+    checkpoints = client.server.checkpoints
+    return await client.result(await checkpoints.save_for_sampler(ME, request, dumped(request)))
+
+
+async def test_a_key_has_as_many_samplers_as_it_may_until_their_sessions_end(
+    tmp_path: Path,
+) -> None:
+    settings = limited(tmp_path, max_samplers=3)
+
+    async def make(client: Client, number: int) -> None:
+        wanted = CreateSamplingSessionRequest(
+            session_id=client.session_id, sampling_session_seq_id=number, base_model=MODEL
+        )
+        await client.server.sampling.create_session(ME, wanted)
+
+    async with running(settings) as server:
+        client, other = [await Client.connect(server) for _ in range(2)]
+        await other.create()
+        await unnamed(other, 0)
+        for _ in range(2):  # repetitions are the same samplers
+            asked = (make(client, number) for number in range(5))
+            made = await asyncio.gather(*asked, return_exceptions=True)
+            assert [type(each) for each in made if each is not None] == [OverQuota] * 3
+        assert "3 samplers, its limit is 3" in (await unnamed(other, 1)).error
+    async with running(settings) as server:
+        client.server = server
+        with pytest.raises(OverQuota):
+            await make(client, 9)
+        await server.sessions.finish(ME, other.session_id, "success", None)
+        await make(client, 9)
+        with pytest.raises(OverQuota):
+            await make(client, 10)

@@ -215,14 +215,19 @@ class SchedulerConfig(Section):
 
 class QuotaConfig(Section):
     """What each key may have at once; None: no limit but the server's own. What waits and is over
-    its quota gets 429 and comes again; one session, model or checkpoint too many is refused."""
+    its quota gets 429 and comes again; one session, model, sampler or
+    checkpoint too many is refused."""
 
     max_sessions: int | None = Field(20000, gt=0)
     max_models: int | None = Field(None, gt=0)
+    max_samplers: int | None = Field(100_000, gt=0)
+    """Sampling sessions, of sessions that have not ended: each ``create_sampling_client`` makes
+    one, and each save without a name."""
     max_pending_operations: int | None = Field(16384, gt=0)
     max_pending_samples: int | None = Field(None, gt=0)
     max_pending_bytes: int | None = Field(2 * 2**30, gt=0)
     max_checkpoint_bytes: int | None = Field(None, gt=0)
+    """Those saved without a name count until no sampler uses them."""
 
 
 class DurabilityConfig(Section):

@@ -162,8 +162,7 @@ class CheckpointService:
         async def run() -> Finish:
             if not overwrite and await self._database.read(checkpoints.get, path) is not None:
                 raise InvalidRequest(_taken(path))
-            used = await self._database.read(checkpoints.owned_bytes, model.owner)
-            self._quotas.check_checkpoint_bytes(used)
+            await self._check_bytes(model.owner)
             finish = await self._capture(loaded, write)
 
             async def outcome() -> Outcome:
@@ -215,11 +214,13 @@ class CheckpointService:
         model, host = loaded.model, loaded.host
 
         async def run() -> Finish:
+            self._quotas.check_samplers(self._weights.num_samplers(model.owner))
+            await self._check_bytes(model.owner)
             finish = await self._capture(loaded, host.backend.export_adapter)
 
             async def outcome() -> Outcome:
                 stored = await finish()
-                self._weights.hold_unnamed(stored.directory)
+                self._weights.hold_unnamed(stored.directory, model.owner, stored.size_bytes)
                 try:
                     await host.snapshots.ensure(stored.directory)
                 except BaseException:
@@ -284,6 +285,11 @@ class CheckpointService:
             return _Stored(directory, size_bytes)
 
         return finish
+
+    async def _check_bytes(self, owner: str) -> None:
+        """Raises ``OverQuota``."""
+        named = await self._database.read(checkpoints.owned_bytes, owner)
+        self._quotas.check_checkpoint_bytes(named + self._weights.unnamed_bytes(owner))
 
     # ----------------------------------------------------------------- asking, deleting
 

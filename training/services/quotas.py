@@ -129,6 +129,10 @@ class Quotas:
         """Raises ``OverQuota`` for one session more."""
         _check("sessions", num_active, self._quota.max_sessions, "finish one")
 
+    def check_samplers(self, num_held: int) -> None:
+        """Raises ``OverQuota`` for one sampling session more."""
+        _check("samplers", num_held, self._quota.max_samplers, "finish a session")
+
     def check_models(self, owner: str, held: Mapping[str, int], num_slots: int) -> None:
         """Raises ``OverQuota`` for one model more; ``held``: loaded models by owner."""
         _check("models", held.get(owner, 0), self._quota.max_models, "finish a session")
@@ -140,9 +144,10 @@ class Quotas:
             )
 
     def check_checkpoint_bytes(self, num_bytes: int) -> None:
-        """Raises ``OverQuota`` where an owner's checkpoints take all that they may."""
+        """Raises ``OverQuota`` where an owner's checkpoints take all that they may, those without
+        a name included."""
         limit = self._quota.max_checkpoint_bytes
-        _check("bytes of checkpoints", num_bytes, limit, "delete some")
+        _check("bytes of checkpoints", num_bytes, limit, "delete some or finish a session")
 
 
 def _check(what: str, num: int, limit: int | None, advice: str) -> None:

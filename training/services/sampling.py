@@ -119,13 +119,18 @@ class SamplingService:
             model_path=None if path is None else str(path),
             snapshot_id=snapshot_id,
         )
+        with self._weights.opening(owner):
+            await self._open(sampler, path)
+        return sampler
+
+    async def _open(self, sampler: SamplingSession, path: TinkerPath | None) -> None:
+        snapshot_id = sampler.snapshot_id
         async with self._weights.using(snapshot_id):
             if snapshot_id is not None:
                 # Read once in full: damaged weights are refused here, not sampled from.
                 await self._weights.check(snapshot_id)
-            if await self._database.write(_open, sampler, path):
+            if await self._database.write(_store, sampler, path):
                 await self._weights.opened(sampler)
-        return sampler
 
     async def get_session(self, owner: str, sampling_session_id: str) -> SamplingSession:
         """Raises ``NotFound`` for other people's, too."""
@@ -275,7 +280,7 @@ class SamplingService:
             log.error("sample.death_not_stored", request_id=request_id, error=str(error))
 
 
-def _open(connection: Connection, sampler: SamplingSession, path: TinkerPath | None) -> bool:
+def _store(connection: Connection, sampler: SamplingSession, path: TinkerPath | None) -> bool:
     """Stores it, if its session and its weights are still there; False for a repetition."""
     session = sessions.get(connection, sampler.session_id)
     if session is None or session.status is not SessionStatus.ACTIVE:

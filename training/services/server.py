@@ -138,7 +138,7 @@ class Server:
             self.keeper,
         )
         self.training = TrainingService(self.models, desk)
-        self.weights = SamplerWeights(self.database, self.files, self.hosts)
+        self.weights = SamplerWeights(self.database, self.files, self.hosts, self.quotas)
         self.checkpoints = CheckpointService(
             self.database, self.files, self.models, desk, self.quotas, self.weights
         )
