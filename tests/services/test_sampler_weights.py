@@ -23,7 +23,7 @@ from tests.services.test_server import (
     sample_request,
 )
 from training.backends.base import SampleRequest, SampleResult
-from training.config import TrainingConfig
+from training.config import ModelConfig, TrainingConfig
 from training.core.errors import BackendDead, DeathCause, NotFound, StorageError
 from training.core.ids import TinkerPath
 from training.core.records import FutureResult, FutureStatus, SamplingSession, utcnow
@@ -349,3 +349,21 @@ async def test_a_client_is_not_told_where_the_files_were(tmp_path: Path) -> None
         assert failed.status is FutureStatus.FAILED
         assert "is not there" in failed.error
         assert str(tmp_path) not in failed.error
+
+
+async def test_a_sample_waits_for_a_server_that_serves_its_base_model(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    other = ModelConfig(name="test/other", backend="fake")
+    async with running(settings) as server:
+        client = await Client.connect(server)
+        await client.create()
+        sampler = await client.save_for_sampler(0)
+        async with slow_samples(server):
+            request = sample_request(sampler, 0, 4)
+            request_id, _ = await server.sampling.sample(ME, request, dumped(request))
+            await server.close()
+    async with running(settings.model_copy(update={"supported_models": (other,)})) as server:
+        assert await server.promises.wait(request_id, ME, 0) is None
+    async with running(settings) as server:
+        client.server = server
+        assert (await client.result(request_id)).status is FutureStatus.DONE

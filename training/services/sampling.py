@@ -181,6 +181,14 @@ class SamplingService:
         """Runs a request again that an earlier process had accepted."""
         sampling_session_id = stored.future.scope.removeprefix(sample_scope(""))
         session = await self.get_session(stored.future.owner, sampling_session_id)
+        if session.base_model not in self._hosts.names():
+            # As models do, it waits for a server that serves its base model again.
+            log.error(
+                "sample.not_served",
+                request_id=stored.future.request_id,
+                base_model=session.base_model,
+            )
+            return
         request = parse_json(SampleJsonRequest, stored.body)
         tasks = self._hosts.get(session.base_model).tasks
         tasks.suspects.remember(stored.future.request_id, stored.future.deaths)
