@@ -428,3 +428,20 @@ async def test_the_bytes_of_samples_that_outlast_their_session_go_too(
 
 def num_rows(connection: sa.Connection, table: sa.Table) -> int:
     return int(connection.execute(sa.select(sa.func.count()).select_from(table)).scalar_one())
+
+
+async def test_models_that_find_no_place_leave_no_files(tmp_path: Path) -> None:
+    async with running(config(tmp_path, max_slots=1)) as server:
+        client = await Client.connect(server)
+        await client.create()
+        path = orjson.loads((await client.save("a")).body)["path"]
+        kept = set(server.config.storage.resolved_snapshot_dir().glob("[!.]*"))
+        for number in range(1, 4):
+            request = LoadWeightsRequest(
+                session_id=client.session_id, model_seq_id=number, path=path
+            )
+            refused = await client.result(
+                await server.models.create_from_checkpoint(ME, request, dumped(request))
+            )
+            assert "full" in refused.error
+        assert set(server.config.storage.resolved_snapshot_dir().glob("[!.]*")) == kept
