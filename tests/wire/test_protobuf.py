@@ -29,6 +29,7 @@ from training.core.validators import dense_tensor
 from training.wire import tinkercloud_pb2 as pb
 from training.wire.protobuf import (
     MAX_DATUMS,
+    MAX_PARTS,
     decode_forward_backward,
     encode_forward_backward_output,
     encode_sample_response,
@@ -148,12 +149,12 @@ def test_provenance_is_tolerated() -> None:
     assert len(decode_forward_backward(sdk_request([datum])).data[0].inputs) == 2
 
 
-def test_images_and_audio_are_named_not_decoded() -> None:
-    chunks = [types.ImageChunk(data=b"x", format="png"), types.EncodedTextChunk(tokens=[1])]
-    datum = types.Datum(model_input=types.ModelInput(chunks=chunks))
-    image, text = decode_forward_backward(sdk_request([datum])).data[0].chunks
-    assert image == OtherChunk("image")
-    assert isinstance(text, TextChunk)
+def test_images_and_audio_are_named_not_decoded_and_nothing_behind_them() -> None:
+    text, image = types.EncodedTextChunk(tokens=[1]), types.ImageChunk(data=b"x", format="png")
+    datum = types.Datum(model_input=types.ModelInput(chunks=[text, image, text, image]))
+    first, *others = decode_forward_backward(sdk_request([datum])).data[0].chunks
+    assert isinstance(first, TextChunk)
+    assert others == [OtherChunk("image")]
 
 
 def tensor_body(tensor: pb.Tensor) -> bytes:
@@ -198,6 +199,35 @@ def test_too_many_parts_of_a_datum(datum: Message, message: str) -> None:
     body = pb.ForwardBackwardEnvelope(model_id="m", data=[datum.SerializeToString()])
     with pytest.raises(TooLarge, match=rf"data\[0\] has {message}"):
         decode_forward_backward(body.SerializeToString())
+
+
+FULL = pb.DatumEnvelope(model_input=[pb.Chunk(encoded_text={}).SerializeToString()] * 16384)
+SPANS = pb.Datum(model_input_spans=[pb.ProvenanceSpan()] * 16384)
+UNKNOWN = b"\xf8\x7f\x00" * 16384  # field 2047
+INPUTS = [
+    pb.LossFnInputEntry(key=str(number), value={"dtype": pb.DTYPE_INT32}).SerializeToString()
+    for number in range(64)
+]
+
+
+@pytest.mark.parametrize(
+    ("datum", "fit"),
+    [
+        (FULL.SerializeToString(), 8),
+        (SPANS.SerializeToString(), 8),
+        (UNKNOWN, 8),
+        (pb.DatumEnvelope(loss_fn_inputs=INPUTS).SerializeToString(), 2048),
+        (b"", MAX_DATUMS),
+    ],
+)
+def test_parts_of_all_datums_are_counted_together(datum: bytes, fit: int) -> None:
+    """Each of these datums is allowed, and there may be as many datums."""
+    message = pb.ForwardBackwardEnvelope(model_id="m", data=[datum] * fit)
+    assert len(decode_forward_backward(message.SerializeToString()).data) == fit
+    if fit < MAX_DATUMS:
+        message.data.append(datum)
+        with pytest.raises(TooLarge, match=rf"up to data\[{fit}\] have more than {MAX_PARTS}"):
+            decode_forward_backward(message.SerializeToString())
 
 
 def test_too_many_datums() -> None:
@@ -388,14 +418,6 @@ def test_sparse_targets_keep_their_layout() -> None:
     expected = np.zeros((3, 7), np.float32)
     expected[0, 1], expected[0, 5], expected[2, 0] = -1, -2, -3
     same(decoded.to_numpy(), expected)
-
-
-def test_many_empty_chunks_are_refused_before_they_take_memory() -> None:
-    message = pb.ForwardBackwardRequest(model_id="m", seq_id=1, loss_fn="cross_entropy")
-    for _ in range(9):
-        message.data.append(pb.Datum(model_input=[pb.Chunk()] * 16384))
-    with pytest.raises(TooLarge, match="chunks in one request"):
-        decode_forward_backward(message.SerializeToString())
 
 
 def test_a_tensor_of_many_dimensions_is_refused() -> None:

@@ -58,7 +58,14 @@ def _optim_work(request: OptimStepRequest, loaded: LoadedModel) -> Work:
     try:
         return OptimWork(loaded.held_slot, to_adam_params(request.params, loaded.model.optimizer))
     except RequestError as error:
-        return RefusedWork(error)
+        return _refused(error)
+
+
+def _refused(error: RequestError) -> RefusedWork:
+    """Without its traceback and what it came of: their frames would keep all that was decoded for
+    as long as the refusal waits for its turn."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return RefusedWork(error)
 
 
 async def _decoded(envelope: TrainEnvelope, loaded: LoadedModel, num_bytes: int) -> Work:
@@ -71,8 +78,6 @@ def _train_work(envelope: TrainEnvelope, loaded: LoadedModel) -> Work:
     try:
         data = to_train_op_data(decode_data(envelope), loaded.host.capabilities())
     except RequestError as error:
-        # Its tracebacks would keep whatever was decoded for as long as the refusal waits.
-        error.__context__ = None
-        return RefusedWork(error.with_traceback(None))
+        return _refused(error)
     num_tokens = sum(datum.num_tokens for datum in data.data)
     return TrainWork(loaded.held_slot, data.loss, data.loss_config, data.data, num_tokens)

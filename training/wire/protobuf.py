@@ -32,8 +32,10 @@ from training.wire.records import (
 
 MAX_DATUMS = 16384
 MAX_CHUNKS_PER_DATUM = 16384
-MAX_CHUNKS = 2**17
-"""Of one request. An empty chunk takes two bytes on the wire and a hundred times as much here."""
+MAX_PARTS = 2**17
+"""Fields of all datums of a request together: chunks, inputs, spans and what we do not know. An
+empty one takes two bytes on the wire and a hundred times as much here. ``MAX_DATUMS`` datums may
+have eight each: a chunk and seven inputs, say."""
 MAX_INPUTS_PER_DATUM = 64
 MAX_DATUM_BYTES = 64 * 2**20
 MAX_RANK = 8
@@ -99,12 +101,10 @@ def decode_data(envelope: TrainEnvelope) -> TrainRequest:
     if len(envelope.encoded_data) > MAX_DATUMS:
         raise TooLarge(f"{len(envelope.encoded_data)} datums in one request; limit {MAX_DATUMS}")
     data: list[WireDatum] = []
-    num_chunks = 0
+    parts_left = MAX_PARTS
     for index, encoded in enumerate(envelope.encoded_data):
+        parts_left -= _check_parts(encoded, parts_left, f"data[{index}]")
         data.append(_decode_datum(encoded, f"data[{index}]"))
-        num_chunks += len(data[-1].chunks)
-        if num_chunks > MAX_CHUNKS:
-            raise TooLarge(f"more than {MAX_CHUNKS} chunks in one request")
     return TrainRequest(
         model_id=envelope.model_id,
         seq_id=envelope.seq_id,
@@ -128,11 +128,13 @@ def _parse(kind: type[_MessageT], encoded: bytes, where: str) -> _MessageT:
     return message
 
 
-def _check_num_fields(encoded: bytes, limit: int, where: str) -> None:
-    """Raises ``TooLarge`` before a parser makes an object of each field: an empty element takes
-    two bytes here and eight times as much there, or more."""
-    if num_fields(encoded, limit + 1) > limit:
+def _check_num_fields(encoded: bytes, limit: int, where: str) -> int:
+    """The number of fields. Raises ``TooLarge`` before a parser makes an object of each: an empty
+    element takes two bytes here and eight times as much there, or more."""
+    count = num_fields(encoded, limit + 1)
+    if count > limit:
         raise TooLarge(f"{where} has more than {limit} protobuf fields")
+    return count
 
 
 def num_fields(encoded: bytes, enough: int) -> int:
@@ -187,11 +189,21 @@ def _loss_config(message: pb.ForwardBackwardEnvelope) -> dict[str, float | str]:
     return config
 
 
-def _decode_datum(encoded: bytes, where: str) -> WireDatum:
+def _check_parts(encoded: bytes, left: int, where: str) -> int:
+    """The number of a datum's fields, where they fit the datum's limit and what the request has
+    ``left``."""
     if len(encoded) > MAX_DATUM_BYTES:
         raise TooLarge(f"{where} has {len(encoded)} bytes; limit {MAX_DATUM_BYTES}")
-    max_fields = MAX_CHUNKS_PER_DATUM + MAX_INPUTS_PER_DATUM + _MAX_SPANS_PER_DATUM
-    _check_num_fields(encoded, max_fields, where)
+    limit = MAX_CHUNKS_PER_DATUM + MAX_INPUTS_PER_DATUM + _MAX_SPANS_PER_DATUM
+    if left >= limit:
+        return _check_num_fields(encoded, limit, where)
+    count = num_fields(encoded, left + 1)
+    if count > left:
+        raise TooLarge(f"the datums up to {where} have more than {MAX_PARTS} protobuf fields")
+    return count
+
+
+def _decode_datum(encoded: bytes, where: str) -> WireDatum:
     message = _parse(pb.DatumEnvelope, encoded, where)
     if len(message.model_input) > MAX_CHUNKS_PER_DATUM:
         raise TooLarge(f"{where} has more than {MAX_CHUNKS_PER_DATUM} chunks")
@@ -201,10 +213,17 @@ def _decode_datum(encoded: bytes, where: str) -> WireDatum:
     for item in message.loss_fn_inputs:
         entry = _parse(pb.LossFnInputEntry, item, f"{where}.loss_fn_inputs")
         inputs[entry.key] = _decode_tensor(entry.value, f"{where}.{entry.key[:50]}")
-    return WireDatum(
-        chunks=[_decode_chunk(chunk, f"{where}.model_input") for chunk in message.model_input],
-        inputs=inputs,
-    )
+    return WireDatum(_decode_chunks(message.model_input, f"{where}.model_input"), inputs)
+
+
+def _decode_chunks(encoded: Sequence[bytes], where: str) -> list[WireChunk]:
+    """Up to the first one that is not text: with it the datum is refused, whatever follows."""
+    chunks: list[WireChunk] = []
+    for each in encoded:
+        chunks.append(_decode_chunk(each, where))
+        if isinstance(chunks[-1], OtherChunk):
+            break
+    return chunks
 
 
 def _decode_chunk(encoded: bytes, where: str) -> WireChunk:
