@@ -262,6 +262,14 @@ def test_the_command_serves_with_bounded_headers(
     assert answer.json()["detail"] == "the headers are too long"
 
 
+def test_a_form_for_a_model_that_is_not_served_is_not_waited_for(server: Server, raw: Raw) -> None:
+    with closing(HTTPConnection(server.base_url.removeprefix("http://"), timeout=60)) as client:
+        client.putrequest("POST", "/hf/api/models/a/b/paths-info/main")
+        client.putheader("Content-Length", "1000")
+        client.endheaders(b"paths=")
+        assert client.getresponse().status == 404
+
+
 @pytest.mark.parametrize("route", ["get_info", "retrieve_future", "session_heartbeat"])
 def test_very_long_ids(raw: Raw, route: str) -> None:
     field = {"get_info": "model_id", "retrieve_future": "request_id"}.get(route, "session_id")
