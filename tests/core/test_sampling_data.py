@@ -104,6 +104,7 @@ def test_sampling_parameters_out_of_range(params: dict[str, Any], message: str) 
         ({"topk_prompt_logprobs": 21}, "topk_prompt_logprobs must be 0 to 20, not 21"),
         ({"topk_sample_logprobs": -1}, "topk_sample_logprobs must be 0 to 20, not -1"),
         ({"prompt_alt_tokens_k": -1}, "prompt_alt_tokens_k"),
+        ({"prompt_alt_tokens_k": 21}, "prompt_alt_tokens_k must be 0 to 20, not 21"),
         ({"prompt_logprobs_last_n": 1}, "needs prompt_logprobs"),
         ({"prompt_logprobs_last_n": 0, "prompt_logprobs": True}, r"must be 1 to 2 .* not 0"),
         ({"prompt_logprobs_last_n": 3, "prompt_logprobs": True}, r"must be 1 to 2 .* not 3"),
