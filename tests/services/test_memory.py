@@ -13,6 +13,7 @@ from training.services.loaded import LoadedModel
 from training.services.training import decode_forward_backward, decode_optim_step
 from training.wire import tinkercloud_pb2 as pb
 from training.wire.records import TextChunk
+from training.wire.requests import CreateSessionRequest
 
 pytestmark = pytest.mark.usefixtures("each_database")
 
@@ -47,5 +48,21 @@ async def test_a_refusal_that_waits_keeps_nothing_of_its_request(tmp_path: Path)
         assert num_chunks() == before
         for work in waiting:
             assert isinstance(work, RefusedWork)
-            error = work.error
-            assert error.__traceback__ is error.__context__ is error.__cause__ is None
+            assert work.error.__traceback__ is None
+            assert work.error.__context__ is None
+            assert work.error.__cause__ is None
+
+
+async def test_of_a_session_only_its_owner_is_kept(tmp_path: Path) -> None:
+    request = CreateSessionRequest(
+        tags=["tag" + "x" * 1000], user_metadata={"a": "metadata" + "x" * 1000}, display_name="name"
+    )
+    async with running(config(tmp_path)) as server:
+        session_id = (await server.sessions.create(ME, request)).session_id
+        for _ in range(2):  # after the second it was read from the database
+            active = await server.sessions.get_active(ME, session_id)
+            assert active == (session_id, ME)
+            assert server.sessions._active == {session_id: active}
+            server.sessions._active.clear()
+        session = await server.sessions.get(ME, session_id)
+        assert (list(session.tags), session.user_metadata) == (request.tags, request.user_metadata)

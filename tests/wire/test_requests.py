@@ -246,6 +246,15 @@ def test_metadata_that_cannot_be_stored(value: object, message: str) -> None:
         parse_json(requests.CreateSessionRequest, body)
 
 
+def test_tags_are_short_together() -> None:
+    for tags in (["x" * 2000] * 33, ["\U0001f600" * 1000] * 17, ["x"] * 1001):
+        with pytest.raises(InvalidRequest, match=r"tags: .*(limit 65536|at most 1000)"):
+            parse_json(requests.CreateSessionRequest, json.dumps({"tags": tags}).encode())
+    most = ["x" * 65] * 1000
+    read = parse_json(requests.CreateSessionRequest, json.dumps({"tags": most}).encode())
+    assert read.tags == most
+
+
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [

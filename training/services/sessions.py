@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
+from typing import NamedTuple
 
 import structlog
 
@@ -26,6 +27,13 @@ _BEATS_AT_ONCE = 500
 _CLOCK_SLACK_S = 1.0
 
 
+class ActiveSession(NamedTuple):
+    """What is kept of each in memory: the rest, which may be 128 KiB, is in the database."""
+
+    session_id: str
+    owner: str
+
+
 class SessionService:
     """``on_end`` frees what the session held, and may be repeated: where it raises, it is."""
 
@@ -43,7 +51,7 @@ class SessionService:
         """By owner."""
         self._on_end = on_end
         self._beats: dict[str, datetime] = {}
-        self._active: dict[str, Session] = {}
+        self._active: dict[str, ActiveSession] = {}
         self._num_ended = 0
         self._unfinished: dict[str, str] = {}
         """Ended sessions that still hold something, and why they ended."""
@@ -90,29 +98,30 @@ class SessionService:
             display_name=request.display_name,
         )
         await self._database.write(sessions.insert, session)
-        self._active[session.session_id] = session
+        self._active[session.session_id] = ActiveSession(session.session_id, owner)
         log.info("session.created", session_id=session.session_id, sdk=request.sdk_version)
         return session
 
     async def get(self, owner: str, session_id: str) -> Session:
         """Raises ``NotFound`` for other people's sessions too."""
-        session = self._active.get(session_id) or await self._database.read(
-            sessions.get, session_id
-        )
+        session = await self._database.read(sessions.get, session_id)
         if session is None or session.owner != owner:
             raise NotFound(f"no such session: {session_id}")
         return session
 
-    async def get_active(self, owner: str, session_id: str) -> Session:
-        """Raises ``Gone`` for a session that has ended."""
+    async def get_active(self, owner: str, session_id: str) -> ActiveSession:
+        """Raises ``NotFound``, or ``Gone`` for a session that has ended."""
+        if self.beat(owner, session_id):
+            return self._active[session_id]
         num_ended = self._num_ended
         session = await self.get(owner, session_id)
         if session.status is not SessionStatus.ACTIVE:
             raise Gone(f"session {session_id} has ended ({session.finish_reason})")
+        active = ActiveSession(session_id, owner)
         if num_ended == self._num_ended:  # else it may have ended while it was read
-            self._active[session_id] = session
+            self._active[session_id] = active
             self._beats[session_id] = utcnow()
-        return session
+        return active
 
     def beat(self, owner: str, session_id: str) -> bool:
         """Notes the heartbeat of a session that this process knows; False where it has to look."""
@@ -128,12 +137,16 @@ class SessionService:
 
     async def finish(self, owner: str, session_id: str, reason: str, detail: str | None) -> None:
         """The first reason wins; finishing twice changes nothing."""
-        session = await self.get(owner, session_id)
-        if session.status is SessionStatus.ACTIVE:
-            await self._end(session, SessionStatus.FINISHED, reason, detail)
+        active = self._active.get(session_id)
+        if active is None or active.owner != owner:
+            session = await self.get(owner, session_id)
+            if session.status is not SessionStatus.ACTIVE:
+                return
+            active = ActiveSession(session_id, owner)
+        await self._end(active, SessionStatus.FINISHED, reason, detail)
 
     async def _end(
-        self, session: Session, status: SessionStatus, reason: str, detail: str | None
+        self, session: ActiveSession, status: SessionStatus, reason: str, detail: str | None
     ) -> None:
         session_id = session.session_id
         ended = await self._database.write(
@@ -188,7 +201,8 @@ class SessionService:
         limit = now - timedelta(seconds=self._config.expiry_s)
         detail = f"no heartbeat for {self._config.expiry_s:g} s"
         for session in await self._database.read(sessions.stale, limit):
-            await self._end(session, SessionStatus.EXPIRED, "expired", detail)
+            silent = ActiveSession(session.session_id, session.owner)
+            await self._end(silent, SessionStatus.EXPIRED, "expired", detail)
 
     async def _start_afresh(self) -> list[Session]:
         """Active sessions, which count as if they had just beaten."""

@@ -50,6 +50,13 @@ def _all_text(metadata: dict[str, Any]) -> dict[str, Any]:
     return metadata
 
 
+def _short_together(texts: list[str]) -> list[str]:
+    num_bytes = sum(len(text.encode()) for text in texts)
+    if num_bytes > MAX_METADATA_BYTES:
+        raise ValueError(f"have {num_bytes} bytes together; limit {MAX_METADATA_BYTES}")
+    return texts
+
+
 def _few(value: object) -> object:
     if isinstance(value, dict) and len(value) > MAX_ENTRIES:
         raise ValueError(f"has {len(value)} entries; limit {MAX_ENTRIES}")
@@ -68,6 +75,7 @@ TextMetadata = Annotated[dict[str, Any], AfterValidator(_storable), AfterValidat
 # 500 bytes, so lists stop at their first one, and lists of objects and dicts have a limit.
 _T = TypeVar("_T")
 ListOf = Annotated[list[_T], Field(fail_fast=True)]
+Tags = Annotated[ListOf[Text], Field(max_length=1000), AfterValidator(_short_together)]
 FewOf = Annotated[dict[Text, _T], BeforeValidator(_few)]
 
 

@@ -16,6 +16,7 @@ from training.wire.json_base import (
     Metadata,
     ModelInputJson,
     Seq,
+    Tags,
     TensorJson,
     Text,
     TextMetadata,
@@ -33,7 +34,7 @@ class ClientConfigRequest(WireModel):
 class CreateSessionRequest(WireModel):
     """``session_id`` is our own Sessions API's; the SDK never sends it."""
 
-    tags: ListOf[Text] = Field(default_factory=list, max_length=1000)
+    tags: Tags = Field(default_factory=list)
     user_metadata: Metadata | None = None
     sdk_version: Text | None = None
     project_id: Id | None = None
