@@ -35,7 +35,7 @@ def create_app(config: TrainingConfig | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        _warn_about_keys(config)
+        _warn_about_doors(config)
         with start_problems(app):
             server = Server(config)
             await server.start()
@@ -74,7 +74,14 @@ def create_app(config: TrainingConfig | None = None) -> FastAPI:
     return app
 
 
-def _warn_about_keys(config: TrainingConfig) -> None:
+def _warn_about_doors(config: TrainingConfig) -> None:
+    if (word := config.unknown_env()) is not None:
+        log.warning(
+            "environment.unknown",
+            env=word[:50],
+            environment=config.environment,
+            advice="ENV is production or development; another word counts for nothing",
+        )
     if openness := config.auth.openness():
         log.warning(
             "auth.open",

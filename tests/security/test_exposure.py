@@ -12,6 +12,7 @@ import yaml
 
 from tests.servers import REPOSITORY, clean_environment, running_server
 from training.api import create_app
+from training.cli.options import load_config
 from training.cli.serve import banner
 from training.config import DEVELOPMENT_KEY, AuthConfig, ModelConfig, ServerConfig, TrainingConfig
 from training.core.errors import ConfigError
@@ -83,6 +84,55 @@ def test_what_env_means_to_others_means_nothing_here(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ENV", value)
     assert TrainingConfig.from_env().environment == "development"
+
+
+@pytest.mark.parametrize("word", ["development", "dev", "", "staging"])
+def test_no_variable_lowers_what_a_file_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, word: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ENV", word)
+    path = tmp_path / "training.yaml"
+    path.write_text("environment: production")
+    assert TrainingConfig.from_file(path).environment == "production"
+    path.write_text("environment: development")
+    monkeypatch.setenv("ENV", "production")
+    assert TrainingConfig.from_file(path).environment == "production"
+
+
+@pytest.mark.parametrize(
+    ("word", "warned"),
+    [
+        ("produciton", True),
+        ("live", True),
+        (" [bold]staging ", True),
+        ("/root/.shrc", False),
+        ("dev", False),
+        ("PRODUCTION", False),
+        ("", False),
+    ],
+)
+def test_a_word_that_counts_for_nothing_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    word: str,
+    warned: bool,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ENV", word)
+    config = load_config(None, host="127.0.0.1", models=[FAKE.name])
+    assert config.unknown_env() == (word.strip() if warned else None)
+    banner(config.model_copy(update={"supported_models": (FAKE,)}), 8000)
+    assert (f"WARNING: ENV='{word.strip()}'" in capsys.readouterr().err) == warned
+
+
+def test_the_log_tells_an_unknown_word_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ENV", "produciton")
+    with running_server(tmp_path, {"auth": {"api_keys": [GOOD]}}) as server:
+        (line,) = [x for x in server.log_file.read_text().splitlines() if "environment.unk" in x]
+    assert '"level": "warning"' in line
+    assert '"env": "produciton"' in line
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 import uvicorn
+from rich.markup import escape
 
 from training.cli.connections import guarded_protocol
 from training.cli.models import prepare_model, seed
@@ -172,7 +173,15 @@ def banner(config: TrainingConfig, port: int) -> None:
     err.print(f"    export TINKER_API_KEY={key}")
     err.print(f"\n  [dim]Without internet there, also: export HF_ENDPOINT={url}/hf[/]")
     err.print("  [dim]Ctrl-C stops the server.[/]\n")
+    _warn_of_unknown_env(config)
     _warn_if_open(config)
+
+
+def _warn_of_unknown_env(config: TrainingConfig) -> None:
+    if (word := config.unknown_env()) is None:
+        return
+    err.print(f"  [bold red]WARNING: ENV={escape(repr(word[:50]))} is no word of this server's.[/]")
+    err.print(f"  [red]It runs for {config.environment}. ENV is production or development.[/]\n")
 
 
 def _warn_if_open(config: TrainingConfig) -> None:

@@ -32,6 +32,14 @@ ENVIRONMENT: Mapping[str, tuple[str, ...]] = {
 """Environment variable -> place in the tree. ``TRAINING_CONFIG`` names the file itself."""
 
 
+_WORDS: Mapping[str, str] = {
+    "prod": "production",
+    "production": "production",
+    "dev": "development",
+    "development": "development",
+}
+
+
 def environment() -> Mapping[str, str]:
     dotenv = {key: value for key, value in dotenv_values(".env").items() if value is not None}
     return dotenv | dict(os.environ)
@@ -52,9 +60,16 @@ def settings_of(environment: Mapping[str, str]) -> dict[str, Any]:
 
 def _parse_environment(text: str) -> str | None:
     """Other programs have uses of their own for ``ENV``: what is not ours says nothing."""
-    words = {"prod": "production", "dev": "development"}
-    word = text.strip().lower()
-    return words.get(word, word if word in words.values() else None)
+    return _WORDS.get(text.strip().lower())
+
+
+def unknown_word(environment: Mapping[str, str]) -> str | None:
+    """What ``ENV`` says, where it is none of our words: it may be a misspelt ``production``.
+
+    A path is another program's for certain: that of a shell, which reads the file at its start.
+    """
+    text = environment.get("ENV", "").strip()
+    return text if text and "/" not in text and _parse_environment(text) is None else None
 
 
 def _parse_keys(text: str) -> tuple[str, ...]:
