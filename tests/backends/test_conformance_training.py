@@ -257,6 +257,27 @@ async def test_gradients_are_clipped_and_told_unclipped(harness: Harness, tmp_pa
     assert moved[1e-3][1] < 0.05 * moved[0.0][1]
 
 
+async def test_a_gradient_beyond_the_moments_is_refused_and_its_model_goes_on(
+    harness: Harness, tmp_path: Path
+) -> None:
+    """Its square would make the second moment infinite and stop the model for good."""
+    await harness.backend.load_slot(0, spec())
+    weights = [await exported(harness, 0, tmp_path / "before")]
+    huge = unit(op(0, datum(harness.vocab_size, 12, 1, weight=1e25)))
+    await harness.backend.forward_backward(huge)
+    output = (await harness.backend.optim_step({0: AdamParams(0.1)}))[0]
+    assert "too large" in (output.error or "")
+    same_weights(await exported(harness, 0, tmp_path / "refused"), weights[0])
+    steps = [(huge, AdamParams(0.1, grad_clip_norm=1.0)), (unit(op(0, *some_data(harness))), None)]
+    for given, params in steps:  # clipped it is like any other
+        await harness.backend.forward_backward(given)
+        output = (await harness.backend.optim_step({0: params or AdamParams(0.1)}))[0]
+        assert output.error is None
+        weights.append(await exported(harness, 0, tmp_path / str(len(weights))))
+        old, new = (joined(list(each.values())) for each in weights[-2:])
+        assert not np.array_equal(old, new)
+
+
 async def test_a_step_without_gradients_is_adam_with_zero(harness: Harness, tmp_path: Path) -> None:
     """A fresh adapter stays; one with momentum moves on."""
     await harness.backend.load_slot(0, spec())

@@ -88,9 +88,26 @@ def test_parameters_out_of_range_are_refused(params: AdamParams, adam: AdamArith
 
 
 def test_a_huge_gradient_has_a_finite_norm(adam: AdamArithmetic) -> None:
-    """Its square would overflow fp32."""
+    """Its square would overflow fp32; what counts is what is left of it after clipping."""
     weights = torch.zeros(4)
-    output = adamw_step(
-        weights, torch.full((4,), 1e30), AdamState.zeros_like(weights), AdamParams(0.1), adam
-    )
+    state = AdamState.zeros_like(weights)
+    params = AdamParams(0.1, grad_clip_norm=1.0)
+    output = adamw_step(weights, torch.full((4,), 1e30), state, params, adam)
     assert output.metrics["grad_norm"] == pytest.approx(2e30)
+    torch.testing.assert_close(weights, torch.full((4,), -0.1))
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e20])
+@pytest.mark.parametrize(("count", "value"), [(1, 1.81e19), (4, 1e19), (4, 1e30), (4, 3e38)])
+def test_a_gradient_whose_square_overflows_the_moments_changes_nothing(
+    count: int, value: float, clip: float, adam: AdamArithmetic
+) -> None:
+    weights = torch.ones(count)
+    state = AdamState(torch.ones(count), torch.ones(count), 7)
+    params = AdamParams(0.1, grad_clip_norm=clip)
+    output = adamw_step(weights, torch.full((count,), value), state, params, adam)
+    assert output.error is not None
+    assert "too large" in output.error
+    assert state.step == 7
+    for tensor in (weights, state.exp_avg, state.exp_avg_sq):
+        assert torch.equal(tensor, torch.ones(count))

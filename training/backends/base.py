@@ -56,6 +56,11 @@ class AdamParams:
     grad_clip_norm: float = 0.0
 
 
+MAX_STEP_NORM = 1.8e19
+"""Of the gradient that enters the moments, clipped already: the square of more overflows fp32. The
+second moment would be infinite from then on, so that no later step changes the weights."""
+
+
 @dataclass(frozen=True, eq=False)
 class Datum:
     """One packed training sequence.

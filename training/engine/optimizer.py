@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from training.backends.base import AdamParams, OptimOutput
+from training.backends.base import MAX_STEP_NORM, AdamParams, OptimOutput
 from training.engine.adapter import Adapter
 
 CLIP_EPSILON = 1e-6
@@ -70,6 +70,11 @@ def adamw_step(
     scale = 1.0
     if params.grad_clip_norm > 0:
         scale = min(1.0, params.grad_clip_norm / (norm + CLIP_EPSILON))
+    if norm * scale > MAX_STEP_NORM:
+        return OptimOutput(
+            error=f"the gradient is too large for the optimizer (norm {norm * scale:g} after "
+            f"clipping, at most {MAX_STEP_NORM:g}); step refused"
+        )
     arithmetic.step(weights, gradient, state, params, scale, adapter)
     state.step += 1
     return OptimOutput(metrics={"grad_norm": norm, "optimizer_step": float(state.step)})

@@ -7,7 +7,10 @@ import ctypes
 import pytest
 import torch
 
+from training.backends.base import MAX_STEP_NORM, AdamParams
 from training.engine.native import library
+from training.engine.native.optimizer import NativeAdam
+from training.engine.optimizer import AdamState, TorchAdam, adamw_step
 
 SIZES = [1, 16, 17, 40_000, 100_003]
 
@@ -78,6 +81,30 @@ def test_clipping_scales_the_gradient(kernels: ctypes.CDLL) -> None:
     plain.step(gradient * 0.25)
     assert torch.equal(scaled.weights, plain.weights)
     assert torch.equal(scaled.exp_avg_sq, plain.exp_avg_sq)
+
+
+@pytest.mark.parametrize("beta2", [0.0, 0.95, 0.999])
+@pytest.mark.parametrize("clip", [0.0, MAX_STEP_NORM])
+@pytest.mark.usefixtures("kernels")
+def test_the_largest_gradient_that_is_taken_leaves_finite_moments(
+    beta2: float, clip: float
+) -> None:
+    for arithmetic in (NativeAdam(), TorchAdam()):
+        weights = torch.zeros(20)
+        state = AdamState.zeros_like(weights)
+        params = AdamParams(0.1, beta2=beta2, grad_clip_norm=clip)
+        for _ in range(3):
+            gradient = torch.zeros(20)
+            gradient[3] = 3e38 if clip else MAX_STEP_NORM * 0.999999
+            assert adamw_step(weights, gradient, state, params, arithmetic).error is None
+        assert state.exp_avg_sq.isfinite().all()
+        before = weights.clone()
+        assert adamw_step(weights, torch.ones(20), state, params, arithmetic).error is None
+        assert not torch.equal(weights, before)
+        gradient[3] = MAX_STEP_NORM * 1.000001
+        refused = adamw_step(weights, gradient, state, AdamParams(0.1), arithmetic)
+        assert "too large" in (refused.error or "")
+        assert state.step == 4
 
 
 def test_a_zero_gradient_decays_and_no_more(kernels: ctypes.CDLL) -> None:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from training.backends.base import (
+    MAX_STEP_NORM,
     AdamParams,
     Datum,
     Float32Array,
@@ -127,6 +128,8 @@ def adamw_step(slot: Slot, params: AdamParams) -> OptimOutput:
         return OptimOutput(error="the gradient is not finite; the step was not taken")
     clip = params.grad_clip_norm
     factor = clip / norm if 0 < clip < norm else 1.0
+    if norm * factor > MAX_STEP_NORM:
+        return OptimOutput(error="the gradient is too large for the optimizer; step refused")
     adapter, moments = dict(slot.adapter), dict(slot.moments)
     step = slot.step + 1
     for name, weight in slot.adapter.items():
