@@ -26,3 +26,10 @@ async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
         return await asyncio.to_thread(function, *args, **kwargs)
     call = partial(contextvars.copy_context().run, function, *args, **kwargs)
     return await asyncio.get_running_loop().run_in_executor(owner.threads, call)
+
+
+async def in_thread_if(
+    is_long: bool, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+) -> T:
+    """A thread hop costs more than short work does."""
+    return await in_thread(function, *args, **kwargs) if is_long else function(*args, **kwargs)

@@ -33,6 +33,7 @@ from training.core.records import (
     utcnow,
 )
 from training.core.sampling_data import target_layout, to_sample_request
+from training.core.threads import in_thread_if
 from training.core.unit_runner import failed
 from training.services.checkpoints import CheckpointService
 from training.services.hosts import Host, Hosts
@@ -54,6 +55,9 @@ from training.wire.protobuf import encode_sample_response
 from training.wire.requests import CreateSamplingSessionRequest, SampleJsonRequest
 
 log = structlog.get_logger(__name__)
+
+_INLINE_NUMBERS = 2**13
+"""Of a request and its answer: 64 KiB of JSON, about, which take the event loop a millisecond."""
 
 
 class SamplingService:
@@ -189,7 +193,8 @@ class SamplingService:
                 base_model=session.base_model,
             )
             return
-        request = parse_json(SampleJsonRequest, stored.body)
+        is_long = len(stored.body) > 8 * _INLINE_NUMBERS
+        request = await in_thread_if(is_long, parse_json, SampleJsonRequest, stored.body)
         tasks = self._hosts.get(session.base_model).tasks
         tasks.suspects.remember(stored.future.request_id, stored.future.deaths)
         self._start(stored.future.request_id, session, request)
@@ -249,12 +254,23 @@ class SamplingService:
         host = self._hosts.get(session.base_model)
         capabilities = host.capabilities()
         seed = seed_of(request_id)
-        sample = to_sample_request(request, request_id, session.snapshot_id, capabilities, seed)
+        num_numbers = request.num_numbers()
+        sample = await in_thread_if(
+            num_numbers > _INLINE_NUMBERS,
+            to_sample_request,
+            request,
+            request_id,
+            session.snapshot_id,
+            capabilities,
+            seed,
+        )
         sample = replace(sample, tenant=session.owner)
         result = await self._sample(host, sample)
+        num_sampled = sum(len(sequence.tokens) for sequence in result.sequences)
         metrics.PROMPT_TOKENS.inc(len(sample.prompt))
-        metrics.SAMPLED_TOKENS.inc(sum(len(sequence.tokens) for sequence in result.sequences))
-        return done_protobuf(encode_sample_response(result, target_layout(request)))
+        metrics.SAMPLED_TOKENS.inc(num_sampled)
+        is_long = num_numbers + num_sampled > _INLINE_NUMBERS
+        return done_protobuf(await in_thread_if(is_long, _encoded, result, request))
 
     async def _sample(self, host: Host, request: SampleRequest) -> SampleResult:
         """Again when the engine ends, unless the request is what ends it."""
@@ -298,6 +314,10 @@ def _store(connection: Connection, sampler: SamplingSession, path: TinkerPath | 
         if checkpoint is None or checkpoint.directory != sampler.snapshot_id:
             raise NotFound(f"no such checkpoint: {path}")
     return sampling_sessions.insert(connection, sampler)
+
+
+def _encoded(result: SampleResult, request: SampleJsonRequest) -> bytes:
+    return encode_sample_response(result, target_layout(request))
 
 
 def sample_scope(sampling_session_id: str) -> str:

@@ -260,6 +260,13 @@ class SampleJsonRequest(WireModel):
     prompt_alt_tokens_k: Int64 = 0
     record_stability_info: bool | None = None
 
+    def num_numbers(self) -> int:
+        """In its lists, with one more for each chunk."""
+        num = sum(1 + len(chunk.tokens or ()) for chunk in self.prompt.chunks)
+        if (targets := self.target_prompt_logprobs) is not None:
+            num += len(targets.data) + len(targets.sparse_crow_indices or ())
+        return num
+
 
 class RetrieveFutureRequest(WireModel):
     request_id: Id
