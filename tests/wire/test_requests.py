@@ -204,6 +204,7 @@ WRONG_ADAM = json.dumps(dict.fromkeys(types.AdamParams.model_fields, "x")).encod
         (ModelInputJson, {"chunks": [{}] * 10**5}),
         (ModelInputJson, {"chunks": [{"tokens": ["x"] * 10**5}]}),
         (TensorJson, {"data": ["x"] * 10**5, "dtype": "int64"}),
+        (TensorJson, {"data": [1], "dtype": "int64", "shape": [1] * 10**5}),
         (requests.DatumJson, {"loss_fn_inputs": {str(i): 5 for i in range(10**5)}}),
         (requests.TrainInputJson, {"loss_fn_config": {str(i): [] for i in range(10**5)}}),
         (requests.SamplingParamsJson, {"stop": [None] * 10**5}),

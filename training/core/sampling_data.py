@@ -17,20 +17,51 @@ from training.core.validators import (
     prompt_tokens,
     tensor_shape,
 )
+from training.wire.json_base import MAX_CHUNKS
 from training.wire.records import WireTensor, csr_cells
 from training.wire.requests import SampleJsonRequest, SamplingParamsJson
 
 TARGETS = "target_prompt_logprobs"
 NO_TARGET = -1
 SEED_MODULUS = 2**63 - 1
+_NUMBER_CHARS = 12
+"""Of a token, row or column below 2**32, with what separates it from the next."""
+_CHUNK_CHARS = 64
+_CHUNK_VALUES = 6
+_ESCAPED = 12
+"""Bytes of one character as a pair of escapes."""
+_OTHER_CHARS = 64 * 2**10
 
 
 @dataclass(frozen=True)
 class SampleLimits:
     max_num_samples: int = 1024
-    max_target_elements: int = 2**22
+    max_target_elements: int = 2**20
+    """128 for each of 8192 positions. Each comes as a number in JSON, and takes 40 bytes until the
+    request is done."""
     max_stops: int = 256
     max_stop_length: int = 1000
+
+
+class JsonLimits(NamedTuple):
+    """Of a body of JSON; see ``parse_json``."""
+
+    num_bytes: int
+    num_values: int
+
+
+def json_limits(capabilities: Capabilities, limits: SampleLimits = SampleLimits()) -> JsonLimits:
+    """What no request needs more of that ``to_sample_request`` takes, however it is written.
+
+    A sparse tensor says for each target its token and column, and the row pointers.
+    """
+    context = capabilities.context_length
+    num_targets = min(limits.max_target_elements, context * capabilities.vocab_size)
+    num_numbers = 2 * context + 2 * num_targets
+    stop_chars = limits.max_stops * limits.max_stop_length
+    num_bytes = _NUMBER_CHARS * num_numbers + _CHUNK_CHARS * MAX_CHUNKS + _ESCAPED * stop_chars
+    num_values = num_numbers + _CHUNK_VALUES * MAX_CHUNKS + stop_chars
+    return JsonLimits(num_bytes + _OTHER_CHARS, num_values + _OTHER_CHARS)
 
 
 class Stops(NamedTuple):

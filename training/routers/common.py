@@ -1,8 +1,8 @@
-"""What every route needs: the server, the caller, the body within its limits."""
+"""What every route needs: the server, the caller, the words of answers."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import Depends, Path, Request
 from fastapi.openapi.models import APIKey
@@ -10,14 +10,10 @@ from fastapi.responses import Response
 from fastapi.security.base import SecurityBase
 from pydantic import BaseModel
 
-from training.core.errors import TooLarge, Unauthenticated
-from training.core.threads import in_thread
+from training.core.errors import Unauthenticated
 from training.services.server import Server
-from training.wire.compression import decompress
-from training.wire.json_base import MAX_ID_CHARS, parse_json
+from training.wire.json_base import MAX_ID_CHARS
 from training.wire.responses import Answer, Problem, Promise, dump_json
-
-ModelT = TypeVar("ModelT", bound=BaseModel)
 
 API = "/api/v1"
 
@@ -63,29 +59,6 @@ def _refuse_foreign_pages(request: Request, origins: tuple[str, ...]) -> None:
 OwnerDep = Annotated[str, Depends(get_owner)]
 
 
-async def get_body(request: Request, server: ServerDep, owner: OwnerDep) -> bytes:
-    """The whole body, decompressed. Depends on the caller, so that strangers upload nothing."""
-    limits = server.config.server
-    if int(request.headers.get("content-length", 0)) > limits.max_body_bytes:
-        raise TooLarge(f"the body is over the limit of {limits.max_body_bytes} bytes")
-    pieces: list[bytes] = []
-    num_bytes = 0
-    async for piece in request.stream():
-        num_bytes += len(piece)
-        if num_bytes > limits.max_body_bytes:
-            raise TooLarge(f"the body is over the limit of {limits.max_body_bytes} bytes")
-        pieces.append(piece)
-    body = b"".join(pieces)
-    encoding = request.headers.get("content-encoding")
-    if encoding is None:
-        return body
-    return await in_thread(
-        decompress, body, encoding, limits.max_body_bytes, limits.max_compression_ratio
-    )
-
-
-BodyDep = Annotated[bytes, Depends(get_body)]
-
 # NUL is the one character that no id of ours and no PostgreSQL text column holds.
 PathId = Annotated[str, Path(min_length=1, max_length=MAX_ID_CHARS, pattern=r"^[^\x00]*$")]
 
@@ -94,13 +67,6 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     503: {"model": Problem, "description": "Worth repeating: a full disk, an engine that is down."},
 }
 """What every route may answer besides its own."""
-
-
-async def parse(model: type[ModelT], body: bytes) -> ModelT:
-    """``body`` as ``model``; off the event loop where that takes long."""
-    if len(body) < 64 * 2**10:
-        return parse_json(model, body)
-    return await in_thread(parse_json, model, body)
 
 
 REF_TEMPLATE = "#/components/schemas/{model}"

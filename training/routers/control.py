@@ -8,16 +8,15 @@ from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from training.routers.bodies import BodyDep, TelemetryBodyDep, parse
 from training.routers.common import (
     API,
     PROBLEMS,
-    BodyDep,
     OwnerDep,
     PathId,
     ServerDep,
     answer,
     json_body,
-    parse,
 )
 from training.services.hosts import Host
 from training.wire.requests import (
@@ -106,7 +105,7 @@ async def finish_session(
 
 
 @router.post("/telemetry", response_model=TelemetryAccepted)
-async def telemetry(owner: OwnerDep, body: BodyDep) -> Response:
+async def telemetry(owner: OwnerDep, body: TelemetryBodyDep) -> Response:
     """Accepted and dropped: the server keeps no client telemetry."""
     return answer(TelemetryAccepted())
 

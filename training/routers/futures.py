@@ -9,15 +9,14 @@ from fastapi.responses import Response
 
 from training.core.errors import Busy, StorageError
 from training.core.records import Future, FutureStatus
+from training.routers.bodies import BodyDep, PollBodyDep, parse
 from training.routers.common import (
     API,
     PROBLEMS,
-    BodyDep,
     OwnerDep,
     ServerDep,
     answer,
     json_body,
-    parse,
 )
 from training.services.sampling import sample_scope
 from training.wire.requests import RetrieveFutureRequest, RetrieveFuturesRequest
@@ -65,7 +64,7 @@ async def retrieve_future(
     response_model=Completions,
     openapi_extra=json_body(RetrieveFuturesRequest),
 )
-async def retrieve_futures(server: ServerDep, owner: OwnerDep, body: BodyDep) -> Response:
+async def retrieve_futures(server: ServerDep, owner: OwnerDep, body: PollBodyDep) -> Response:
     """What has settled of one sampling client since its cursor; waits for the first."""
     request = await parse(RetrieveFuturesRequest, body)
     target = request.target

@@ -10,16 +10,15 @@ from fastapi.responses import Response
 from training.core.errors import NotFound
 from training.core.ids import CheckpointKind, TinkerPath, checked_name
 from training.core.records import Checkpoint, Model
+from training.routers.bodies import BodyDep, parse
 from training.routers.common import (
     API,
     PROBLEMS,
-    BodyDep,
     OwnerDep,
     PathId,
     ServerDep,
     answer,
     json_body,
-    parse,
 )
 from training.services.server import Server
 from training.wire.requests import SetTtlRequest, WeightsInfoRequest

@@ -5,16 +5,15 @@ from __future__ import annotations
 from fastapi import APIRouter
 from fastapi.responses import Response
 
+from training.routers.bodies import BodyDep, SampleBodyDep, parse, sample_limits
 from training.routers.common import (
     API,
     PROBLEMS,
-    BodyDep,
     OwnerDep,
     PathId,
     ServerDep,
     answer,
     json_body,
-    parse,
     promise,
 )
 from training.wire.requests import (
@@ -68,8 +67,8 @@ async def join_sampling_session(server: ServerDep, owner: OwnerDep, body: BodyDe
 
 
 @router.post("/asample", response_model=Promise, openapi_extra=json_body(SampleJsonRequest))
-async def asample(server: ServerDep, owner: OwnerDep, body: BodyDep) -> Response:
-    request = await parse(SampleJsonRequest, body)
+async def asample(server: ServerDep, owner: OwnerDep, body: SampleBodyDep) -> Response:
+    request = await parse(SampleJsonRequest, body, sample_limits(server).num_values)
     request_id, sequence_ids = await server.sampling.sample(owner, request, body)
     return promise(request_id, sample_sequence_ids=sequence_ids)
 

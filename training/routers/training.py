@@ -6,15 +6,14 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from training.core.errors import InvalidRequest
+from training.routers.bodies import BodyDep, TrainBodyDep, parse
 from training.routers.common import (
     API,
     PROBLEMS,
-    BodyDep,
     OwnerDep,
     ServerDep,
     answer,
     json_body,
-    parse,
     promise,
 )
 from training.wire.requests import (
@@ -61,7 +60,7 @@ async def get_info(server: ServerDep, owner: OwnerDep, body: BodyDep) -> Respons
 
 
 @router.post("/forward_backward", response_model=Promise, openapi_extra=_PROTOBUF_BODY)
-async def forward_backward(server: ServerDep, owner: OwnerDep, body: BodyDep) -> Response:
+async def forward_backward(server: ServerDep, owner: OwnerDep, body: TrainBodyDep) -> Response:
     """Protobuf ``ForwardBackwardRequest``; forward only where it says so."""
     request_id, model_id = await server.training.forward_backward(owner, body)
     return promise(request_id, model_id)

@@ -93,14 +93,22 @@ class WireModel(BaseModel):
 _ModelT = TypeVar("_ModelT", bound=BaseModel)
 
 
-def parse_json(model: type[_ModelT], body: bytes) -> _ModelT:
+def parse_json(model: type[_ModelT], body: bytes, max_values: int | None = None) -> _ModelT:
     """An empty body counts as ``{}``. Raises ``InvalidRequest`` naming each bad field."""
     if len(body) > MAX_JSON_BYTES:
         raise TooLarge(f"JSON body has {len(body)} bytes; limit {MAX_JSON_BYTES}")
+    if max_values is not None and (count := _num_values(body)) > max_values:
+        raise TooLarge(f"JSON body has some {count} values; limit {max_values}")
     try:
         return model.model_validate_json(body or b"{}")
     except ValidationError as error:
         raise InvalidRequest(_explain(error)) from None
+
+
+def _num_values(body: bytes) -> int:
+    """At least as many as the parser would make, 25 bytes each where two will do here: before every
+    value but the first there is one of these. Those within text count too."""
+    return 1 + sum(body.count(mark) for mark in (b",", b"[", b"{", b":"))
 
 
 def _explain(error: ValidationError) -> str:
@@ -120,7 +128,7 @@ def _explain(error: ValidationError) -> str:
 class TensorJson(WireModel):
     data: Annotated[ListOf[int] | ListOf[float], Field(union_mode="left_to_right")]
     dtype: Literal["float32", "int64"]
-    shape: ListOf[Int64] | None = None
+    shape: ListOf[Int64] | None = Field(None, max_length=2)
     sparse_crow_indices: ListOf[int] | None = None
     sparse_col_indices: ListOf[int] | None = None
 
