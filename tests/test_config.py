@@ -59,6 +59,7 @@ def test_lists_and_dotenv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ('{"sever": {}}', "sever"),
         ('{"server": {"prot": 1}}', "server.prot"),
         ('{"server": {"port": 99999}}', "server.port"),
+        ('{"server": {"max_arriving_bytes": 1000}}', "server: .*max_arriving_bytes is below"),
         ('{"supported_models": [{"name": "../../etc"}]}', "supported_models.0.name"),
         ('{"supported_models": [{"name": "a/b", "backend": "magic"}]}', "backend"),
         ("[1]", "mapping"),

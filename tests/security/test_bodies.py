@@ -1,21 +1,25 @@
-"""Bodies that are larger than their route can need."""
+"""Bodies that are larger than their route can need, and more of them than there is room for."""
 
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
+from contextlib import closing
 
 import httpx
 import pytest
 import zstandard
+from tinker.proto import tinker_public_pb2 as pb
 
-from tests.e2e.raw import PROTOBUF, Raw
+from tests.e2e.raw import PROTOBUF, Raw, request
 from tests.security.memory import MIB
 from tests.servers import FAKE_MODEL, Server, running_server
 from training.routers.bodies import CONTROL_BYTES, POLL_BYTES, TELEMETRY_BYTES
 from training.wire.json_base import MAX_METADATA_BYTES
 
 MAX_BODY_BYTES = 8 * MIB
+"""So there is room for four of them, and each of two keys may fill it by half."""
 CONTROL = (
     "/client/config",
     "/client/dynamic_config",
@@ -129,3 +133,54 @@ def test_the_largest_sampling_request_passes(raw: Raw) -> None:
     answer = raw.http.post("/asample", content=json.dumps(body))
     assert answer.status_code == 200, answer.text
     assert PROTOBUF in raw.retrieve(answer.json()["request_id"]).headers["content-type"]
+
+
+# --------------------------------------------------------------------------- room
+
+
+def upload(server: Server, key: str, length: int, sent: int = 0) -> socket.socket:
+    """A body on its way: announced, and perhaps begun."""
+    address = httpx.URL(server.base_url)
+    connection = socket.create_connection((address.host, address.port or 80))
+    head = f"POST /api/v1/forward_backward HTTP/1.1\r\nHost: x\r\nX-API-Key: {key}\r\n"
+    connection.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode() + bytes(sent))
+    return connection
+
+
+def nothing(num_bytes: int) -> bytes:
+    """A message without any field that we know: refused for that, once it is read."""
+    message = pb.ForwardBackwardRequest(loss_fn="x" * (num_bytes - 6))
+    return message.SerializeToString()
+
+
+def until(status: int, raw: Raw, body: bytes) -> httpx.Response:
+    """Asks again until the server has seen what other connections have sent it."""
+    while True:
+        answer = raw.post_bytes("/forward_backward", body)
+        if answer.status_code == status:
+            return answer
+
+
+def test_bodies_on_their_way_have_a_room(server: Server, raw: Raw) -> None:
+    """A key that fills its part is sent away, and comes again; another key has its own part, and
+    what is small always passes."""
+    large = nothing(5 * MIB)
+    with (
+        closing(upload(server, server.api_key, MAX_BODY_BYTES, sent=1000)),
+        closing(upload(server, server.api_key, MAX_BODY_BYTES - 1000)),
+    ):
+        answer = until(429, raw, large)
+        assert answer.headers["Retry-After"] == "1"
+        assert "bytes on their way in" in answer.json()["detail"]
+        pieces = (large[at : at + MIB] for at in range(0, len(large), MIB))
+        assert raw.http.post("/forward_backward", content=pieces).status_code == 429
+        packed = raw.post_bytes(
+            "/forward_backward", zstandard.compress(large), Content_Encoding="zstd"
+        )
+        assert packed.status_code == 429
+        assert raw.output(raw.forward_backward(request(raw.new_model(), 1))).metrics["loss:sum"] > 0
+        with Raw(server, server.other_key) as other:
+            assert other.post_bytes("/forward_backward", large).status_code == 400
+    until(400, raw, large)
+    for _ in range(8):  # all of it is free again, each time
+        assert raw.post_bytes("/forward_backward", nothing(MAX_BODY_BYTES)).status_code == 400

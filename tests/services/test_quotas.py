@@ -26,7 +26,14 @@ from training.config import AuthConfig, EngineConfig, QuotaConfig, SchedulerConf
 from training.core.errors import Busy, OverQuota
 from training.core.ids import TinkerPath
 from training.core.records import FutureKind, FutureResult, FutureStatus
-from training.services.quotas import CREATION_RETRY_S, RETRY_S, Quotas, Room
+from training.services.quotas import (
+    ARRIVAL_FREE_BYTES,
+    CREATION_RETRY_S,
+    RETRY_S,
+    Arrival,
+    Quotas,
+    Room,
+)
 from training.services.server import Server
 from training.wire.requests import (
     CreateModelRequest,
@@ -82,6 +89,29 @@ def test_a_large_request_of_somebody_who_holds_nothing_is_let_in() -> None:
     assert room.why_not("a", 1) is not None
     assert room.why_not("b", 20) is not None
     assert room.why_not("b", 10) is None
+
+
+def test_a_body_holds_room_from_its_announcement_to_its_answer() -> None:
+    room = Room("bytes", 50_000, 100_000, is_shared=True)
+    with Arrival(room, "a") as first:
+        first.hold(40_000)
+        with Arrival(room, "a") as second:
+            with pytest.raises(Busy, match="40000 bytes of this key") as busy:
+                second.hold(20_000)
+            assert busy.value.retry_after_s == RETRY_S
+            second.hold(ARRIVAL_FREE_BYTES)  # what is small always passes, and is not counted
+        assert room.why_not("b", 60_000) is None
+        first.hold(90_000)  # unpacked: alone it may be more than its part
+        assert room.why_not("b", 10_001) is not None
+        first.hold(1000)
+        assert room.why_not("b", 100_000) is None
+        first.hold(30_000)
+    broken = Arrival(room, "a")
+    broken.hold(30_000)
+    with pytest.raises(KeyError), broken:
+        raise KeyError
+    room.check_integrity()
+    assert room.why_not("b", 100_000) is None
 
 
 def test_a_creation_is_told_to_wait_for_longer() -> None:

@@ -5,9 +5,17 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    field_validator,
+    model_validator,
+)
 
 DEVELOPMENT_KEY = "slime-dev-key"
 EMBEDDED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -42,6 +50,9 @@ class ServerConfig(Section):
     port: int = Field(8000, ge=0, le=65535)
     max_body_bytes: int = Field(256 * 2**20, gt=0)
     """Limit of a request body, before and after decompression."""
+    max_arriving_bytes: int | None = Field(None, gt=0)
+    """Of the bodies that are being read, unpacked and checked, of all keys together; what finds no
+    room comes again. None: four of the largest bodies."""
     max_compression_ratio: int = Field(200, gt=0)
     long_poll_s: float = Field(25.0, gt=0, le=40)
     """How long retrieve_future waits before it answers 408; the SDK gives up after 45 s."""
@@ -59,6 +70,15 @@ class ServerConfig(Section):
     """Web pages of other origins whose scripts may call this server. Never a wildcard."""
     download_url_s: float = Field(3600.0, ge=600, le=7 * 24 * 3600)
     """Life of the links to a checkpoint's files, which work without a key."""
+
+    @model_validator(mode="after")
+    def _room_for_one(self) -> Self:
+        if self.arriving_bytes() < self.max_body_bytes:
+            raise ValueError("max_arriving_bytes is below max_body_bytes: such a body never fits")
+        return self
+
+    def arriving_bytes(self) -> int:
+        return self.max_arriving_bytes or 4 * self.max_body_bytes
 
     def is_loopback(self) -> bool:
         """Whether only this machine can connect."""
@@ -226,6 +246,7 @@ class QuotaConfig(Section):
     max_pending_operations: int | None = Field(16384, gt=0)
     max_pending_samples: int | None = Field(None, gt=0)
     max_pending_bytes: int | None = Field(2 * 2**30, gt=0)
+    max_arriving_bytes: int | None = Field(2**29, gt=0)
     max_checkpoint_bytes: int | None = Field(None, gt=0)
     """Those saved without a name count until no sampler uses them."""
 

@@ -1,8 +1,8 @@
-"""Bodies of requests: up to what their route can need."""
+"""Bodies of requests: up to what their route can need, and in memory only where there is room."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated, TypeVar
 
 from fastapi import Depends, Request
@@ -12,6 +12,7 @@ from training.core.errors import TooLarge
 from training.core.sampling_data import JsonLimits, json_limits
 from training.core.threads import in_thread
 from training.routers.common import OwnerDep, ServerDep
+from training.services.quotas import Arrival
 from training.services.server import Server
 from training.wire.compression import decompress
 from training.wire.json_base import parse_json
@@ -29,30 +30,39 @@ POLL_BYTES = 4 * 2**20
 class Body:
     """A dependency: the whole body, decompressed. ``limit`` counts before and after that.
 
-    It depends on the caller, so that strangers upload nothing.
+    It depends on the caller, so that strangers upload nothing, and gives its room back when the
+    request is answered.
     """
 
     def __init__(self, limit: Callable[[Server], int]) -> None:
         self._limit = limit
 
-    async def __call__(self, request: Request, server: ServerDep, owner: OwnerDep) -> bytes:
+    async def __call__(
+        self, request: Request, server: ServerDep, owner: OwnerDep
+    ) -> AsyncIterator[bytes]:
         limits = server.config.server
         limit = min(self._limit(server), limits.max_body_bytes)
-        body = await _read(request, limit)
-        encoding = request.headers.get("content-encoding")
-        if encoding is None:
-            return body
-        return await in_thread(decompress, body, encoding, limit, limits.max_compression_ratio)
+        with Arrival(server.arriving, owner) as arrival:
+            body = await _read(request, limit, arrival)
+            if (encoding := request.headers.get("content-encoding")) is not None:
+                ratio = limits.max_compression_ratio
+                body = await in_thread(decompress, body, encoding, limit, ratio)
+                arrival.hold(len(body))
+            yield body
 
 
-async def _read(request: Request, limit: int) -> bytes:
+async def _read(request: Request, limit: int, arrival: Arrival) -> bytes:
     """What announces its length is refused before it is sent, if it must be."""
-    _check(int(request.headers.get("content-length", 0)), limit)
+    announced = int(request.headers.get("content-length", 0))
+    _check(announced, limit)
+    arrival.hold(announced)
     pieces: list[bytes] = []
     num_bytes = 0
     async for piece in request.stream():
         num_bytes += len(piece)
         _check(num_bytes, limit)
+        if num_bytes > announced:
+            arrival.hold(num_bytes)
         pieces.append(piece)
     return b"".join(pieces)
 

@@ -20,6 +20,8 @@ RETRY_S = 1.0
 """The SDK waits as long before it sends the same operation again."""
 CREATION_RETRY_S = 6.0
 """It sends a creation ten times more and then gives up, so these ten should take a while."""
+ARRIVAL_FREE_BYTES = 4096
+"""Polls, heartbeats and the like. They are bounded by the number of connections."""
 _CREATIONS = frozenset({FutureKind.CREATE_MODEL, FutureKind.LOAD_WEIGHTS})
 
 
@@ -68,6 +70,33 @@ class Room:
     def check_integrity(self) -> None:
         if self._total != sum(self._held.values()) or min(self._held.values(), default=0) < 0:
             raise AssertionError(f"{self._what}: {self._total} held, by owner {dict(self._held)}")
+
+
+class Arrival:
+    """The room that the body of one request takes, from its announcement to its answer."""
+
+    def __init__(self, room: Room, owner: str) -> None:
+        self._room = room
+        self._owner = owner
+        self._held = 0
+
+    def __enter__(self) -> Arrival:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._room.give_back(self._owner, self._held)
+
+    def hold(self, num_bytes: int) -> None:
+        """Holds as many from here on. Raises ``Busy`` where they do not fit: not for a few, so that
+        who uploads too much still learns of its results."""
+        self._room.give_back(self._owner, self._held)
+        self._held = 0
+        if num_bytes <= ARRIVAL_FREE_BYTES:
+            return
+        if (reason := self._room.why_not(self._owner, num_bytes)) is not None:
+            raise Busy(reason, RETRY_S)
+        self._room.take(self._owner, num_bytes)
+        self._held = num_bytes
 
 
 class Quotas:

@@ -24,7 +24,7 @@ from training.services.model_snapshots import ModelSnapshots
 from training.services.models import ModelService
 from training.services.operations import OperationDesk
 from training.services.promises import Promises
-from training.services.quotas import Quotas
+from training.services.quotas import Quotas, Room
 from training.services.running import RunningRequests
 from training.services.sampler_weights import SamplerWeights
 from training.services.sampling import SamplingService
@@ -50,6 +50,8 @@ class Server:
     database: Database
     files: CheckpointFiles
     quotas: Quotas
+    arriving: Room
+    """Bodies of requests, until they are answered."""
     promises: Promises
     hosts: Hosts
     sessions: SessionService
@@ -70,6 +72,9 @@ class Server:
         )
         is_shared = config.auth.enabled and len(config.auth.api_keys) > 1
         self.quotas = Quotas(config.quota, config.scheduler, is_shared)
+        arriving_bytes = config.server.arriving_bytes()
+        each = config.quota.max_arriving_bytes
+        self.arriving = Room("bytes on their way in", each, arriving_bytes, is_shared)
         self.promises = Promises(self.database, self.quotas)
         durability = config.durability
         snapshot_files = CheckpointFiles(config.storage.resolved_snapshot_dir())
