@@ -156,7 +156,7 @@ class Data:
             yield f"model {model_id} is marked corrupted: {fault}"
 
     def _snapshots(self) -> Iterator[str]:
-        """Of models that have ended: rows, with their directories, that nobody would ever remove."""
+        """Of models that have ended: rows, with their directories, that nobody would remove."""
         for model_id, status, number in self.rows(
             "SELECT model_id, coalesce(status, 'gone'), count(*) FROM snapshots "
             "LEFT JOIN models USING (model_id) "
