@@ -100,6 +100,21 @@ def test_a_few_bytes_do_not_become_a_huge_tensor(columns: int) -> None:
     assert peak_bytes() - before < 16 * MIB
 
 
+def add_sparse_inputs(datum: Any, crow: Any, col: Any, shape: list[int]) -> None:
+    """Targets and weights of ``shape``, ones in the cells that are listed."""
+    for name, dtype, kind in (
+        ("target_tokens", "<i8", pb.DTYPE_INT64),
+        ("weights", "<f4", pb.DTYPE_FLOAT32),
+    ):
+        csr = pb.SparseCsr(
+            values=np.ones(len(col), dtype).tobytes(),
+            crow_indices=crow.astype("<i8").tobytes(),
+            col_indices=col.astype("<i8").tobytes(),
+        )
+        tensor = pb.Tensor(sparse_csr=csr, dtype=kind, shape=shape)
+        datum.loss_fn_inputs[name].CopyFrom(tensor)
+
+
 @pytest.mark.parametrize(("num_columns", "fits"), [(2**17, True), (2**17 + 1, False)])
 def test_a_result_is_no_larger_than_the_event_loop_can_bear(num_columns: int, fits: bool) -> None:
     """However many numbers a request brings: one of 64 cells is listed."""
@@ -107,17 +122,8 @@ def test_a_result_is_no_larger_than_the_event_loop_can_bear(num_columns: int, fi
     message = pb.ForwardBackwardRequest(model_id="m", seq_id=1, loss_fn="cross_entropy")
     datum = message.data.add()
     datum.model_input.add().encoded_text.tokens = np.ones(rows, "<i4").tobytes()
-    for name, dtype, kind in (
-        ("target_tokens", "<i8", pb.DTYPE_INT64),
-        ("weights", "<f4", pb.DTYPE_FLOAT32),
-    ):
-        csr = pb.SparseCsr(
-            values=np.ones(rows * listed, dtype).tobytes(),
-            crow_indices=np.arange(0, rows * listed + 1, listed, dtype="<i8").tobytes(),
-            col_indices=np.tile(np.arange(listed, dtype="<i8"), rows).tobytes(),
-        )
-        tensor = pb.Tensor(sparse_csr=csr, dtype=kind, shape=[rows, num_columns])
-        datum.loss_fn_inputs[name].CopyFrom(tensor)
+    crow = np.arange(0, rows * listed + 1, listed)
+    add_sparse_inputs(datum, crow, np.tile(np.arange(listed), rows), [rows, num_columns])
     assert (decoders.train_data(message.SerializeToString()) is not None) == fits
 
 
@@ -129,17 +135,7 @@ def test_what_is_sparse_for_good_reason_passes() -> None:
     for _ in range(1000):
         datum = message.data.add()
         datum.model_input.add().encoded_text.tokens = np.ones(rows, "<i4").tobytes()
-        for name, dtype, kind in (
-            ("target_tokens", "<i8", pb.DTYPE_INT64),
-            ("weights", "<f4", pb.DTYPE_FLOAT32),
-        ):
-            csr = pb.SparseCsr(
-                values=np.ones(rows, dtype).tobytes(),
-                crow_indices=crow.astype("<i8").tobytes(),
-                col_indices=col.astype("<i8").tobytes(),
-            )
-            tensor = pb.Tensor(sparse_csr=csr, dtype=kind, shape=[rows, columns])
-            datum.loss_fn_inputs[name].CopyFrom(tensor)
+        add_sparse_inputs(datum, crow, col, [rows, columns])
     data = decoders.train_data(message.SerializeToString())
     assert data is not None
     assert sum(datum.targets.size for datum in data.data) == 1000 * rows * columns
