@@ -177,22 +177,43 @@ async def test_a_load_sees_the_save_before_it(tmp_path: Path) -> None:
             assert (await client.result(name)).status is FutureStatus.DONE
 
 
+@pytest.mark.parametrize("num_revivals", [1, 2])
 async def test_a_session_that_ends_while_its_engine_is_dead_leaves_no_promise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_revivals: int
 ) -> None:
+    """What ran when the engine died is in the database alone until the model is back."""
     async with running(eager(tmp_path)) as server:
         client = await Client.connect(server)
         await client.create()
         await steps(client, 1)
+        reviving, ended, number = asyncio.Event(), asyncio.Event(), 0
+        read = server.database.read
+
+        async def read_slowly(statement: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal number
+            if statement is operations.of_model:
+                number += 1
+                if number == num_revivals:
+                    reviving.set()
+                    await ended.wait()
+            return await read(statement, *args, **kwargs)
 
         async def dead(*_: object) -> None:
             raise BackendDead("the engine is gone", DeathCause.KILLED)
 
+        monkeypatch.setattr(server.database, "read", read_slowly)
         monkeypatch.setattr(fake_backend(server), "load_slot", dead)
         monkeypatch.setattr(fake_backend(server), "forward_backward", dead)
         waiting = await submit_train(client, 3)
-        await until(lambda: server.hosts.get(MODEL).tasks.num_reviving() > 0)
-        await server.sessions.finish(ME, client.session_id, "success", None)
+        await reviving.wait()
+        assert server.hosts.get(MODEL).tasks.num_reviving() == 1
+        finish = server.sessions.finish(ME, client.session_id, "success", None)
+        finishing = asyncio.create_task(finish)
+        await until(lambda: server.sessions._num_active[ME] == 0)
+        ended.set()
+        await finishing
+        left = await read(operations.pending_of_model, client.model_id, None)
+        assert not left
         assert (await client.result(waiting)).status is FutureStatus.FAILED
 
 
