@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 _CACHE = tempfile.TemporaryDirectory(prefix="tinkercloud-tests-hf-")
 os.environ["HF_HOME"] = _CACHE.name
@@ -28,6 +29,15 @@ def pytest_configure(config: pytest.Config) -> None:
     collector then complains in whatever test is running."""
     for leak in ("unclosed transport", "unclosed <socket.socket"):
         config.addinivalue_line("filterwarnings", f"ignore:{leak}:ResourceWarning")
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """An application that a test makes in this process sets the logging of the process: it goes
+    with the test, or what the next one reads would depend on which ran before it."""
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)
 
 
 @pytest.fixture(scope="session")
