@@ -21,6 +21,8 @@ _POLL_S = 0.02
 _STOP_S = 120.0
 _ORPHAN_S = 30.0
 _STOPPED = (0, -signal.SIGTERM)
+_MAKE_FAILED = 2
+"""What `make serve` ends with whenever its server does not end with 0; its last line says how."""
 
 
 async def until(condition: Callable[[], bool], look_s: float = _POLL_S) -> None:
@@ -133,16 +135,22 @@ class KilledServer:
         self._ended_by = None
         self.server.spawn()
 
-    def _check_end(self, code: int) -> None:
+    def check_end(self, code: int) -> None:
         """One that was asked to stop says so with 0, unless it had just begun to start."""
-        if self._ended_by is None or (self._ended_by is Target.STOP and code not in _STOPPED):
+        if self._ended_by is None or (self._ended_by is Target.STOP and not self._stopped(code)):
             tail = self.server.log_tail(15)
             self.problems.append(f"the server ended by itself with code {code}:\n{tail}")
+
+    def _stopped(self, code: int) -> bool:
+        if code == _MAKE_FAILED:
+            last = self.server.log_tail(1)
+            return last.startswith("make: ***") and last.endswith(" Terminated")
+        return code in _STOPPED
 
     async def _watch(self) -> None:
         while True:
             if (code := self.server.process.poll()) is not None:
-                self._check_end(code)
+                self.check_end(code)
                 is_orderly = code == 0 and self._ended_by is Target.STOP
                 self.problems += await asyncio.to_thread(self._audit, is_orderly)
                 self._spawn()
@@ -153,7 +161,7 @@ class KilledServer:
         """As a service manager does it: SIGTERM to the server's process, then patience."""
         self.kill(Target.STOP)
         try:
-            self._check_end(await asyncio.to_thread(self.server.process.wait, _STOP_S))
+            self.check_end(await asyncio.to_thread(self.server.process.wait, _STOP_S))
         except subprocess.TimeoutExpired:
             self.problems.append(f"the server did not stop within {_STOP_S:g} s")
             for process in self.processes().values():

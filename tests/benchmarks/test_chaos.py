@@ -167,6 +167,31 @@ def test_who_was_not_there_was_not_killed(tmp_path: Path) -> None:
         server.kill()
 
 
+@pytest.mark.parametrize(
+    ("at_sigterm", "is_right"), [("SIG_DFL", True), ("lambda *_: sys.exit(3)", False)]
+)
+def test_make_says_how_its_server_ended(tmp_path: Path, at_sigterm: str, is_right: bool) -> None:
+    """One that has just begun to start ends by the signal, and `make` with 2 whatever it was."""
+    (tmp_path / "serve.py").write_text(
+        "import pathlib, signal, sys, time\nfrom signal import SIG_DFL\n"
+        f"signal.signal(signal.SIGTERM, {at_sigterm})\npathlib.Path('up').touch()\n"
+        "time.sleep(600)\n"
+    )
+    (tmp_path / "Makefile").write_text(f"serve:\n\t@exec {sys.executable} serve.py serve\n")
+    server = server_in(tmp_path)
+    server.command = ("make", "serve")
+    server.spawn()
+    killed = KilledServer(server, lambda is_orderly: [])
+    try:
+        while not (tmp_path / "up").exists():
+            time.sleep(0.01)
+        assert set(killed.kill(Target.STOP)) == {Target.API}
+        killed.check_end(server.process.wait())
+        assert (killed.problems == []) is is_right
+    finally:
+        server.kill()
+
+
 # --------------------------------------------------------------------------- the relay
 
 HEAD = b"POST /api/v1/retrieve_future HTTP/1.1\r\nhost: here\r\ncontent-length: 22\r\n\r\n"
