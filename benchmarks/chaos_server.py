@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -23,6 +24,8 @@ _ORPHAN_S = 30.0
 _STOPPED = (0, -signal.SIGTERM)
 _MAKE_FAILED = 2
 """What `make serve` ends with whenever its server does not end with 0; its last line says how."""
+_MAKE_TERMINATED = re.compile(r"make(\[\d+\])?: \*\*\* .* Terminated")
+"""A `make` that another one started (as `make test` does here) numbers itself."""
 
 
 async def until(condition: Callable[[], bool], look_s: float = _POLL_S) -> None:
@@ -143,8 +146,7 @@ class KilledServer:
 
     def _stopped(self, code: int) -> bool:
         if code == _MAKE_FAILED:
-            last = self.server.log_tail(1)
-            return last.startswith("make: ***") and last.endswith(" Terminated")
+            return _MAKE_TERMINATED.fullmatch(self.server.log_tail(1)) is not None
         return code in _STOPPED
 
     async def _watch(self) -> None:

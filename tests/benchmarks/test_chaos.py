@@ -167,11 +167,15 @@ def test_who_was_not_there_was_not_killed(tmp_path: Path) -> None:
         server.kill()
 
 
+@pytest.mark.parametrize("level", ["0", "1"])
 @pytest.mark.parametrize(
     ("at_sigterm", "is_right"), [("SIG_DFL", True), ("lambda *_: sys.exit(3)", False)]
 )
-def test_make_says_how_its_server_ended(tmp_path: Path, at_sigterm: str, is_right: bool) -> None:
+def test_make_says_how_its_server_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_sigterm: str, is_right: bool, level: str
+) -> None:
     """One that has just begun to start ends by the signal, and `make` with 2 whatever it was."""
+    monkeypatch.setenv("MAKELEVEL", level)
     (tmp_path / "serve.py").write_text(
         "import pathlib, signal, sys, time\nfrom signal import SIG_DFL\n"
         f"signal.signal(signal.SIGTERM, {at_sigterm})\npathlib.Path('up').touch()\n"
@@ -179,7 +183,7 @@ def test_make_says_how_its_server_ended(tmp_path: Path, at_sigterm: str, is_righ
     )
     (tmp_path / "Makefile").write_text(f"serve:\n\t@exec {sys.executable} serve.py serve\n")
     server = server_in(tmp_path)
-    server.command = ("make", "serve")
+    server.command = ("make", "--no-print-directory", "serve")
     server.spawn()
     killed = KilledServer(server, lambda is_orderly: [])
     try:
