@@ -21,7 +21,6 @@ from tests.servers import Server
 _POLL_S = 0.02
 _STOP_S = 120.0
 _ORPHAN_S = 30.0
-_STOPPED = (0, -signal.SIGTERM)
 _MAKE_FAILED = 2
 """What `make serve` ends with whenever its server does not end with 0; its last line says how."""
 _MAKE_TERMINATED = re.compile(r"make(\[\d+\])?: \*\*\* .* Terminated")
@@ -85,11 +84,13 @@ class KilledServer:
         """Every engine that was ever seen."""
         self.problems: list[str] = []
         self._ended_by: Target | None = None
+        self._logged_before = 0
+        """Bytes of the log that are not of the process that was started last."""
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Ready at the start; asked to stop at the end, and what it left running is a problem."""
-        self._spawn()
+        self.spawn()
         await asyncio.to_thread(self.server.wait_until_ready)
         watching = asyncio.create_task(self._watch())
         try:
@@ -133,9 +134,10 @@ class KilledServer:
         entries = [json.loads(line) for line in lines if '"model.revived"' in line]
         return [int(entry["num_replayed"]) for entry in entries]
 
-    def _spawn(self) -> None:
+    def spawn(self) -> None:
         self.num_starts += 1
         self._ended_by = None
+        self._logged_before = _size_bytes(self.server.log_file)
         self.server.spawn()
 
     def check_end(self, code: int) -> None:
@@ -145,9 +147,18 @@ class KilledServer:
             self.problems.append(f"the server ended by itself with code {code}:\n{tail}")
 
     def _stopped(self, code: int) -> bool:
+        if code == 0:
+            return True
         if code == _MAKE_FAILED:
-            return _MAKE_TERMINATED.fullmatch(self.server.log_tail(1)) is not None
-        return code in _STOPPED
+            by_signal = _MAKE_TERMINATED.fullmatch(self.server.log_tail(1)) is not None
+        else:
+            by_signal = code == -signal.SIGTERM
+        return by_signal and not self._was_ready()
+
+    def _was_ready(self) -> bool:
+        with self.server.log_file.open("rb") as log:
+            log.seek(self._logged_before)
+            return b'"server.ready"' in log.read()
 
     async def _watch(self) -> None:
         while True:
@@ -155,7 +166,7 @@ class KilledServer:
                 self.check_end(code)
                 is_orderly = code == 0 and self._ended_by is Target.STOP
                 self.problems += await asyncio.to_thread(self._audit, is_orderly)
-                self._spawn()
+                self.spawn()
             self.processes()
             await asyncio.sleep(_POLL_S)
 
@@ -209,3 +220,7 @@ def _started(pid: int) -> str | None:
     except OSError:
         return None
     return None if fields[0] in "ZX" else fields[19]
+
+
+def _size_bytes(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0

@@ -167,25 +167,39 @@ def test_who_was_not_there_was_not_killed(tmp_path: Path) -> None:
         server.kill()
 
 
-@pytest.mark.parametrize("level", ["0", "1"])
 @pytest.mark.parametrize(
-    ("at_sigterm", "is_right"), [("SIG_DFL", True), ("lambda *_: sys.exit(3)", False)]
+    ("at_sigterm", "said", "is_right"),
+    [
+        ("SIG_DFL", "", True),
+        ("SIG_DFL", '{"event": "server.ready"}', False),
+        ("lambda *_: sys.exit(3)", "", False),
+        ("lambda *_: sys.exit(0)", '{"event": "server.ready"}', True),
+    ],
 )
-def test_make_says_how_its_server_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_sigterm: str, is_right: bool, level: str
+@pytest.mark.parametrize("make_level", [None, "0", "1"])
+def test_a_stop_by_the_signal_is_only_right_while_it_starts(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    at_sigterm: str,
+    said: str,
+    is_right: bool,
+    make_level: str | None,
 ) -> None:
-    """One that has just begun to start ends by the signal, and `make` with 2 whatever it was."""
-    monkeypatch.setenv("MAKELEVEL", level)
+    """`make` ends with 2 whatever it was, and numbers itself where another one started it."""
     (tmp_path / "serve.py").write_text(
         "import pathlib, signal, sys, time\nfrom signal import SIG_DFL\n"
-        f"signal.signal(signal.SIGTERM, {at_sigterm})\npathlib.Path('up').touch()\n"
-        "time.sleep(600)\n"
+        f"signal.signal(signal.SIGTERM, {at_sigterm})\n"
+        f"print({said!r}, flush=True)\npathlib.Path('up').touch()\ntime.sleep(600)\n"
     )
     (tmp_path / "Makefile").write_text(f"serve:\n\t@exec {sys.executable} serve.py serve\n")
+    monkeypatch.setenv("MAKELEVEL", make_level or "0")
     server = server_in(tmp_path)
     server.command = ("make", "--no-print-directory", "serve")
-    server.spawn()
+    if make_level is None:
+        server.command = (sys.executable, "serve.py", "serve")
+    server.log_file.write_text('{"event": "server.ready"} of the one before\n')
     killed = KilledServer(server, lambda is_orderly: [])
+    killed.spawn()
     try:
         while not (tmp_path / "up").exists():
             time.sleep(0.01)
