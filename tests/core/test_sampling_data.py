@@ -80,6 +80,7 @@ def test_seeds_in_range_stay() -> None:
     [
         ({"stop": ""}, "a stop string has 0 characters"),
         ({"stop": ["x" * 1001]}, "a stop string has 1001 characters"),
+        ({"stop": ["a", "b\ufffd"]}, r"a stop string ends in U\+FFFD"),
         ({"stop": [VOCAB_SIZE]}, "a stop token id must be 0 to 999, not 1000"),
         ({"stop": [-1]}, "a stop token id must be 0 to 999, not -1"),
         ({"max_tokens": 0}, "max_tokens must be at least 1, not 0"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from tests.engine.sampler_cases import byte_tokenizer
+from training.backends.base import REPLACEMENT
 from training.engine.stop import StopStrings
 
 BYTES = byte_tokenizer()
@@ -75,10 +76,25 @@ def test_any_piece_of_the_text(start: int, length: int, data: st.DataObject) -> 
     assert place == slow_found_at(tokenizer, tokens, stop)
 
 
-@given(text=st.text(max_size=30), stop=st.text(min_size=1, max_size=3))
+ANY_STOP = st.text(min_size=1, max_size=3).filter(lambda stop: not stop.endswith(REPLACEMENT))
+ODD_TEXT = st.text(REPLACEMENT + "🙂é日a", max_size=12)
+"""Genuine replacement characters among characters of which some bytes look the same as one."""
+
+
+@given(text=st.text(max_size=30) | ODD_TEXT, stop=ANY_STOP)
 def test_bytes_of_any_text(text: str, stop: str) -> None:
     tokens = BYTES.encode(text + stop).ids
     assert found_at(BYTES, tokens, stop) == slow_found_at(BYTES, tokens, stop)
+
+
+@example(text=2 * REPLACEMENT, stop="", last="🙂")
+@given(text=ODD_TEXT, stop=st.text(REPLACEMENT, max_size=4), last=st.sampled_from("🙂é日a"))
+def test_text_that_holds_replacement_characters(text: str, stop: str, last: str) -> None:
+    for tokenizer in (BYTES, MERGED):
+        tokens = tokenizer.encode(text + stop + last).ids
+        assert found_at(tokenizer, tokens, stop + last) == slow_found_at(
+            tokenizer, tokens, stop + last
+        )
 
 
 @pytest.mark.parametrize("stop", ["cat", "\n\nUser:", "日本語", "🙂", "🙂🙃", " "])

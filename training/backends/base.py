@@ -236,6 +236,10 @@ class TrainerBackend(Protocol):
 # --------------------------------------------------------------------------- sampling
 
 
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+"""What bytes that are no character decode to."""
+
+
 class StopReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
@@ -247,8 +251,10 @@ class SampleRequest:
 
     ``snapshot_id`` None samples from the base model. Sample i draws from a stream that depends on
     (``seed``, i) alone. ``max_tokens`` 0 only scores the prompt. ``temperature`` 0 is greedy.
-    ``stop_strings`` are looked for in the text of the sampled tokens; the token that completes one,
-    or a token of ``stop_token_ids``, is the last token returned. Those of one ``tenant`` take turns
+    ``stop_strings`` are looked for in the text of the sampled tokens, and none ends in
+    ``REPLACEMENT``: whether that has come, or the first bytes of another character, no decoder
+    tells. The token that completes one, or a token of ``stop_token_ids``, is the last token
+    returned. Those of one ``tenant`` take turns
     with those of the others, however many each has; results do not depend on it.
     """
 

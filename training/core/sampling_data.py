@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from training.backends.base import Capabilities, Int64Array, SampleRequest
+from training.backends.base import REPLACEMENT, Capabilities, Int64Array, SampleRequest
 from training.core.errors import InvalidRequest, TooLarge
 from training.core.validators import (
     check_csr,
@@ -159,6 +159,11 @@ def _to_stops(
         if not 0 < len(string) <= limits.max_stop_length:
             raise InvalidRequest(
                 f"a stop string has {len(string)} characters; 1 to {limits.max_stop_length} allowed"
+            )
+        if string.endswith(REPLACEMENT):
+            raise InvalidRequest(
+                "a stop string ends in U+FFFD, the replacement character: in sampled text it "
+                "cannot be told from a character of which only the first bytes have come"
             )
     for token_id in token_ids:
         checked_int(token_id, "a stop token id", 0, capabilities.vocab_size - 1)
